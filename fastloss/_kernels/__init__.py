@@ -1,0 +1,1 @@
+"""The compiled kernels; see ``_jit.py`` for how they are compiled, ``tiles.py`` for how they see arrays."""

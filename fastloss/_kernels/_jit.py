@@ -1,0 +1,76 @@
+"""The one place that compiles: options, the serial and the parallel form of a kernel, and what a helper costs.
+
+Numba compiles every function that another calls to machine code of its own, with wrappers to call it from Python,
+before the caller, into which LLVM has inlined it, is compiled. For the helpers of the kernels that work is thrown away:
+:func:`inline` and :func:`subroutine` leave it out, which halves the time of a first call.
+"""
+
+from numba import config, njit
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
+from numba.core.typed_passes import NativeLowering
+
+__all__ = ["Kernel", "inline", "subroutine"]
+
+# Division by zero follows IEEE arithmetic instead of raising. No fast-math flag, here or anywhere: the order and the
+# rounding of every operation are those of the source.
+_OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _HelperLowering(NativeLowering):
+    """Lower a function for inlining by its callers, without compiling it by itself."""
+
+    _name = "fastloss_helper_lowering"
+
+    def run_pass(self, state):
+        state.flags.no_compile = True
+        super().run_pass(state)
+        # Numba's tables want a builtin function of its own for each; this one raises when Python calls it.
+        stand_in = {}.popitem
+        state.targetctx.insert_user_function(stand_in, state["cr"].fndesc, [state.library])
+        state["cr"] = state["cr"]._replace(cfunc=stand_in)
+        if not state.flags.forceinline:
+            name = state["cr"].fndesc.llvm_func_name
+            state.library._final_module.get_function(name).add_function_attribute("noinline")
+        return True
+
+
+class _HelperCompiler(CompilerBase):
+    def define_pipelines(self):
+        manager = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        manager.passes = [
+            (_HelperLowering, description) if pass_ is NativeLowering else (pass_, description)
+            for pass_, description in manager.passes
+        ]
+        manager._finalized = False
+        manager.finalize()
+        return [manager]
+
+
+def _helper(function, **options):
+    if config.DISABLE_JIT:
+        return function
+    return njit(function, no_cpython_wrapper=True, pipeline_class=_HelperCompiler, **_OPTIONS, **options)
+
+
+def inline(function):
+    """Compile a function for compiled code to call, always inlined: what runs per vector or per row."""
+    return _helper(function, forceinline=True)
+
+
+def subroutine(function):
+    """Compile a function for compiled code to call, never inlined: what runs per tile, or rarely."""
+    return _helper(function)
+
+
+class Kernel:
+    """One Python body, compiled twice: ``serial`` holds no lock and starts no thread, ``parallel`` uses ``prange``.
+
+    The body's first argument is the number of workers, the length of its one ``prange`` loop.
+    """
+
+    def __init__(self, body):
+        self.body = body
+        self.serial = njit(body, nogil=True, **_OPTIONS)
+        self.parallel = njit(body, nogil=True, parallel=True, **_OPTIONS)

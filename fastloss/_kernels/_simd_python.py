@@ -1,0 +1,153 @@
+"""The names of :mod:`fastloss._kernels._simd` on NumPy arrays, for ``NUMBA_DISABLE_JIT=1``.
+
+A vector is an array of 16 float32 or int32, or of 8 float64 or int64; the operators are NumPy's own.
+"""
+
+import numpy as np
+
+__all__ = [
+    "any_lane",
+    "first_lane",
+    "fma",
+    "from_bits",
+    "integer_like",
+    "iota",
+    "lanes",
+    "load",
+    "load_integer",
+    "load_one",
+    "next_task",
+    "polynomial",
+    "scalar",
+    "splat",
+    "store",
+    "to_bits",
+    "to_float",
+    "tree_max",
+    "tree_sum",
+    "where",
+]
+
+_INTEGER = {np.dtype("f4"): np.int32, np.dtype("f8"): np.int64, np.dtype("i4"): np.int32, np.dtype("i8"): np.int64}
+_FLOAT = {np.dtype("i4"): np.float32, np.dtype("i8"): np.float64}
+
+
+def _dtype(like):
+    """The dtype of a scalar; a Python number is what Numba would take it for."""
+    if isinstance(like, bool | int):
+        return np.dtype("i8")
+    return np.dtype(type(like)) if isinstance(like, np.generic) else np.dtype("f8")
+
+
+def lanes(like):
+    return 64 // _dtype(like).itemsize
+
+
+def scalar(value, like):
+    return _dtype(like).type(value)
+
+
+def splat(value):
+    return np.full(lanes(value), value, _dtype(value))
+
+
+def iota(like):
+    return np.arange(lanes(like), dtype=_INTEGER[_dtype(like)])
+
+
+def load(array, index, like):
+    return _load(array, index, lanes(like), _dtype(like))
+
+
+def load_one(array, index, like):
+    return _load(array, index, 1, _dtype(like))[0]
+
+
+def _load(array, index, count, dtype):
+    if not 0 <= index <= len(array) - count:
+        raise IndexError("vector outside its array")
+    values = array[index : index + count]
+    if dtype.kind == "f" and array.dtype == np.uint16:
+        values = values.view(np.float16)
+    elif dtype.kind == "f" and array.dtype == np.int16:
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(dtype)
+
+
+def load_integer(data, offset, like):
+    size = np.dtype(type(like)).itemsize
+    if not 0 <= offset <= len(data) - size:
+        raise IndexError("integer outside its array")
+    return data[offset : offset + size].view(type(like))[0]
+
+
+def integer_like(value, like):
+    return np.int64(value).astype(_INTEGER[_dtype(like)])
+
+
+def store(array, index, value):
+    if not 0 <= index <= len(array) - len(value):
+        raise IndexError("vector outside its array")
+    if array.dtype != value.dtype and (array.dtype, value.dtype) != (np.float32, np.float64):
+        raise TypeError(f"a vector of {value.dtype} does not go into an array of {array.dtype}")
+    array[index : index + len(value)] = value
+
+
+def fma(a, b, c):
+    wide = np.float64 if a.dtype == np.float32 else np.longdouble
+    return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(a.dtype)
+
+
+def polynomial(*coefficients):
+    def evaluate(x):
+        result = np.full_like(x, coefficients[-1])
+        for c in reversed(coefficients[:-1]):
+            result = fma(result, x, np.full_like(x, c))
+        return result
+
+    return evaluate
+
+
+def where(mask, a, b):
+    return np.where(mask, a, b)
+
+
+def to_bits(value):
+    return value.view(_INTEGER[value.dtype])
+
+
+def from_bits(bits):
+    return bits.view(_FLOAT[bits.dtype])
+
+
+def to_float(value):
+    return value.astype(_FLOAT[value.dtype])
+
+
+def _tree(value, combine):
+    while len(value) > 1:
+        half = len(value) // 2
+        value = combine(value[:half], value[half:])
+    return value[0]
+
+
+def tree_sum(value):
+    return _tree(value, np.add)
+
+
+def tree_max(value):
+    return _tree(value, lambda a, b: np.where(a > b, a, b))
+
+
+def first_lane(value):
+    return value[0]
+
+
+def any_lane(mask):
+    return bool(mask.any())
+
+
+def next_task(counter):
+    task = int(counter[0])
+    counter[0] += 1
+    return task

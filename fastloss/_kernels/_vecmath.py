@@ -1,0 +1,233 @@
+"""exp, log1p and log of vectors, for float32 and float64: the same bits on every CPU.
+
+Each function is built from its constants by one factory (:func:`_make_exp`, :func:`_make_log1p`, :func:`_make_log`), so
+that there is one body for both dtypes. The polynomials were made, and their errors measured, by
+``benchmarks/minimax.py``.
+"""
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from fastloss._kernels._jit import inline
+
+from fastloss._kernels._simd import fma, from_bits, polynomial, splat, to_bits, to_float, where
+
+__all__ = ["LOG1P_LIMIT", "exp", "log", "log1p"]
+
+
+# Largest argument of log1p: its 2**-k is a normal float32 up to here. (float64 could go further; one bound is simpler.)
+LOG1P_LIMIT = 2.0**126
+
+
+def _split(value, dtype):
+    """``value``, a float or an exact ``(high, low)`` pair of floats, as two numbers of ``dtype``."""
+    high, low = value
+    first = dtype(high)
+    return first, dtype((high - float(first)) + low)
+
+
+# ln(2) = 0x1.62e42fefa39efp-1 + 0x1.abc9e3b39803fp-56 and log2(e), from their known expansions.
+_LN2 = (float.fromhex("0x1.62e42fefa39efp-1"), float.fromhex("0x1.abc9e3b39803fp-56"))
+_LOG2E = 1.4426950408889634
+
+
+def _make_exp(dtype, coefficients, low, high):
+    """Make ``exp`` for vectors of ``dtype``.
+
+    Computes exp(d) = 2**n * (1 + f + f**2 * p(f)) with n = rint(d * log2(e)), f = d - n * ln(2).
+
+    Method: adding the constant ``shift`` rounds d * log2(e) to the integer n and leaves n plus the exponent bias in
+    the low bits, so that one integer shift makes 2**n. ln(2) in two parts keeps f, and so the result, accurate for large
+    |d|. The last step is one fused operation on 2**n, not an addition to the exponent field, which would destroy NaNs.
+
+    Special values: exactly 1 at 0, exactly 0 below ``low`` (where 2**n is the first exponent that is 0), inf or NaN above
+    about ln(largest number) (the callers ask only whether the result is finite), NaN for NaN.
+
+    Accuracy: under 1 ulp wherever the result is a normal number (tests/test_vecmath.py).
+    """
+    mantissa_bits = 23 if dtype is np.float32 else 52
+    bias = 127 if dtype is np.float32 else 1023
+    integer = np.int32 if dtype is np.float32 else np.int64
+    ln2_high, ln2_low = _split(_LN2, dtype)
+    log2e = dtype(_LOG2E)
+    shift = dtype(1.5 * 2.0**mantissa_bits + bias)
+    lowest, highest = dtype(low), dtype(high)
+    minus_high, minus_low = dtype(-ln2_high), dtype(-ln2_low)
+    places = integer(mantissa_bits)
+    p = polynomial(*[dtype(c) for c in coefficients])
+
+    @inline
+    def exp(d):
+        d = where(d < splat(lowest), splat(lowest), d)
+        d = where(d > splat(highest), splat(highest), d)
+        shifted = fma(d, splat(log2e), splat(shift))
+        n = shifted - splat(shift)
+        f = fma(n, splat(minus_low), fma(n, splat(minus_high), d))
+        power = from_bits(to_bits(shifted) << splat(places))
+        return fma(fma(f * f, p(f), f), power, power)
+
+    return exp
+
+
+def _make_log1p(dtype, coefficients):
+    """Make ``log1p`` for vectors of ``dtype``, for 0 <= s <= :data:`LOG1P_LIMIT` and NaN.
+
+    Computes log(1 + s) = k * ln(2) + log1p(f), with (1 + s) / 2**k = 1 + f in [3/4, 3/2).
+
+    Method: f = s * 2**-k + (2**-k - 1) in one fused operation, so 1 + s is never rounded on the way and a tiny s
+    (where k = 0 and f = s) keeps all its digits. log1p(f) = f + f**2 * p(f).
+
+    Accuracy: under 1 ulp, in relative terms, over the whole range (tests/test_vecmath.py).
+    """
+    mantissa_bits = 23 if dtype is np.float32 else 52
+    integer = np.int32 if dtype is np.float32 else np.int64
+    ln2_high, ln2_low = _split(_LN2, dtype)
+    places = integer(mantissa_bits)
+    three_quarters = dtype(0.75).view(integer)
+    one_bits = dtype(1.0).view(integer)
+    one = dtype(1.0)
+    p = polynomial(*[dtype(c) for c in coefficients])
+
+    @inline
+    def log1p(s):
+        k = (to_bits(s + splat(one)) - splat(three_quarters)) >> splat(places)
+        scale = from_bits(splat(one_bits) - (k << splat(places)))
+        f = fma(s, scale, scale - splat(one))
+        n = to_float(k)
+        rest = fma(f * f, p(f), n * splat(ln2_low))
+        return fma(n, splat(ln2_high), f + rest)
+
+    return log1p
+
+
+def _make_log(dtype, coefficients):
+    """Make ``log`` for vectors of ``dtype``: every real number, NaN below 0, -inf at 0, subnormal numbers included.
+
+    Computes log(x) = k * ln(2) + log1p(f), with x / 2**k = 1 + f in [3/4, 3/2), where f is exact.
+
+    Accuracy: under 1 ulp (tests/test_vecmath.py).
+    """
+    mantissa_bits = 23 if dtype is np.float32 else 52
+    integer = np.int32 if dtype is np.float32 else np.int64
+    ln2_high, ln2_low = _split(_LN2, dtype)
+    places = integer(mantissa_bits)
+    three_quarters = dtype(0.75).view(integer)
+    one = dtype(1)
+    smallest_normal = np.finfo(dtype).tiny
+    lift = dtype(2.0 ** (mantissa_bits + 1))  # makes a subnormal number normal
+    lift_exponent = dtype(mantissa_bits + 1)
+    zero, infinity, minus_infinity, nan = dtype(0), dtype(np.inf), dtype(-np.inf), dtype(np.nan)
+    p = polynomial(*[dtype(c) for c in coefficients])
+
+    @inline
+    def log(x):
+        tiny = x < splat(smallest_normal)
+        bits = to_bits(where(tiny, x * splat(lift), x))
+        k = (bits - splat(three_quarters)) >> splat(places)
+        f = from_bits(bits - (k << splat(places))) - splat(one)
+        n = to_float(k) - where(tiny, splat(lift_exponent), splat(zero))
+        rest = fma(f * f, p(f), n * splat(ln2_low))
+        result = fma(n, splat(ln2_high), f + rest)
+        result = where(x == splat(zero), splat(minus_infinity), result)
+        result = where(x == splat(infinity), splat(infinity), result)
+        return where(x >= splat(zero), result, splat(nan))
+
+    return log
+
+
+_EXP32 = (
+    0.4999999403953552,
+    0.1666651964187622,
+    0.04166839271783829,
+    0.008368778973817825,
+    0.0013814469566568732,
+)
+_LOG1P32 = (
+    -0.5,
+    0.3333345353603363,
+    -0.250000536441803,
+    0.19990606606006622,
+    -0.16647766530513763,
+    0.14482060074806213,
+    -0.1316223293542862,
+    0.10448341816663742,
+    -0.04490972310304642,
+)
+_EXP64 = (
+    0.5,
+    0.16666666666666682,
+    0.04166666666666609,
+    0.008333333333316921,
+    0.0013888888889117175,
+    0.0001984126989667196,
+    2.480158692473679e-05,
+    2.755723456779206e-06,
+    2.7557582710525336e-07,
+    2.5112141338917826e-08,
+    2.082655584695661e-09,
+)
+_LOG1P64 = (
+    -0.4999999999999997,
+    0.3333333333333395,
+    -0.2500000000001957,
+    0.1999999999981601,
+    -0.16666666662761126,
+    0.1428571430141229,
+    -0.12500000349269022,
+    0.11111110794801521,
+    -0.0999998377658201,
+    0.0909088978688279,
+    -0.08333731824273481,
+    0.07693477845928451,
+    -0.0713842067005518,
+    0.06642304742662151,
+    -0.062491942618376164,
+    0.06087227077405841,
+    -0.059772022605802104,
+    0.050743185544236714,
+    -0.029353199601939505,
+    0.008056504588206965,
+)
+
+# exp's clamps. Below: -127.x * ln(2) and -1023.x * ln(2), where 2**n becomes 0; the normal numbers end before (at -87.34
+# and -708.4). Above: past the largest exponent by less than one, so that n still fits its field.
+_exp32 = _make_exp(np.float32, _EXP32, -88.0, 89.0)
+_exp64 = _make_exp(np.float64, _EXP64, -709.0, 710.0)
+_log1p32 = _make_log1p(np.float32, _LOG1P32)
+_log1p64 = _make_log1p(np.float64, _LOG1P64)
+_log64 = _make_log(np.float64, _LOG1P64)
+
+
+def exp(d):
+    """exp of a vector; see :func:`_make_exp`."""
+    return _exp32(d) if d.dtype == np.float32 else _exp64(d)
+
+
+@overload(exp, jit_options={"forceinline": True})
+def _exp(d):
+    if d.dtype == types.float32:
+        return lambda d: _exp32(d)
+    return lambda d: _exp64(d)
+
+
+def log1p(s):
+    """log1p of a vector; see :func:`_make_log1p`."""
+    return _log1p32(s) if s.dtype == np.float32 else _log1p64(s)
+
+
+@overload(log1p, jit_options={"forceinline": True})
+def _log1p(s):
+    if s.dtype == types.float32:
+        return lambda s: _log1p32(s)
+    return lambda s: _log1p64(s)
+
+
+def log(x):
+    """log of a float64 vector; see :func:`_make_log`."""
+    return _log64(x)
+
+
+@overload(log, jit_options={"forceinline": True})
+def _log(x):
+    return lambda x: _log64(x)

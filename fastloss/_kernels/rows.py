@@ -1,0 +1,322 @@
+"""Cross-entropy and log-sum-exp of one row of classes at a time: for a contiguous class axis.
+
+Order of addition, the same in :mod:`fastloss._kernels.planes`, so that a row has the same bits in every layout: within a
+block of :data:`BLOCK` classes, class c is added to lane c modulo the number of lanes (the last classes of the row, where
+they do not fill a vector, to the last lanes; see :func:`_tail`), in the compute type. The lanes are folded by halves. The
+block sums are added in float64 within a chunk of :data:`CHUNK` classes, and the chunk sums in float64; a chunk is the
+piece of a long row that a thread takes.
+
+Accuracy: a lane adds at most 16 float32 terms, so that a row's sum is within about 1e-6 of the exact one in the worst
+case and 1e-7 in practice, for any number of classes.
+"""
+
+import numpy as np
+from fastloss._kernels._jit import inline, subroutine
+
+from fastloss._kernels import tiles
+from fastloss._kernels._simd import (
+    first_lane,
+    fma,
+    integer_like,
+    iota,
+    lanes,
+    load,
+    scalar,
+    splat,
+    store,
+    tree_max,
+    tree_sum,
+    where,
+)
+from fastloss._kernels._vecmath import exp
+
+BLOCK = 256
+CHUNK = 8192
+
+
+
+# ------------------------------------------------------------------------------------------- shift by the target
+
+
+@inline
+def tail(low, high, n_classes, n_lanes):
+    """The classes of a block that do not fill a vector: where the vector that holds them begins, and its valid lanes.
+
+    The vector is laid to end with the block, so that no load leaves the row; the lanes before ``first`` were added
+    already. A row shorter than a vector starts it, padded.
+    """
+    if n_classes >= n_lanes:
+        return high - n_lanes, n_lanes - (high - low) % n_lanes, n_lanes
+    return low, low * 0, n_classes
+
+
+@inline
+def _near(distance):
+    """A distance between classes as the 32 bits of a lane hold it: beyond a block it is only 'far'."""
+    return distance if -BLOCK < distance < 2 * BLOCK else np.int64(2 * BLOCK)
+
+
+@inline
+def _target_block(x, origin, low, high, n_classes, target, shift, weight, smoothed):
+    """Sum exp(x[c] - shift) over the classes ``low .. high`` but the target, and weight[c] * (shift - x[c]) over all."""
+    like = weight[0]
+    n_lanes = lanes(like)
+    zero, shifts = splat(scalar(0.0, like)), splat(shift)
+    lane = iota(like)
+    at_target, step = splat(integer_like(0, like)), splat(integer_like(n_lanes, like))
+    distance = lane - splat(integer_like(_near(target - low), like))
+    total, difference = zero, zero
+    end = low + (high - low) // n_lanes * n_lanes
+    for c in range(low, end, n_lanes):
+        d = load(x, c - origin, like) - shifts
+        total = total + where(distance == at_target, zero, exp(d))
+        distance = distance + step
+        if smoothed:
+            difference = fma(load(weight, c, like), -d, difference)
+    if end < high:
+        begin, first, last = tail(low, high, n_classes, n_lanes)
+        valid = (lane >= splat(integer_like(first, like))) & (lane < splat(integer_like(last, like)))
+        distance = lane - splat(integer_like(_near(target - begin), like))
+        d = load(x, begin - origin, like) - shifts
+        total = total + where(valid & (distance != at_target), exp(d), zero)
+        if smoothed:
+            difference = where(valid, fma(load(weight, begin, like), -d, difference), difference)
+    return tree_sum(total), tree_sum(difference)
+
+
+@inline
+def _block_of(x, offset, stride, low, high, n_classes, n_lanes, stage):
+    """Where to read the classes ``low .. high``: an array and the class that its first element would be."""
+    if stride == 1 and n_classes >= n_lanes:
+        return x, -offset
+    begin = max(0, min(low, high - n_lanes))
+    tiles.copy_classes(x, offset, stride, begin, high, stage)
+    return stage, begin
+
+
+@inline
+def target_row(x, offset, stride, n_classes, target, shift, weight, smoothed, stage):
+    """Sum exp(x[c] - shift) over all classes but the target, and weight[c] * (shift - x[c]) over all, in float64."""
+    n_lanes = lanes(weight[0])
+    total, difference = 0.0, 0.0
+    for chunk in range(0, n_classes, CHUNK):
+        chunk_total, chunk_difference = 0.0, 0.0
+        for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
+            high = min(low + BLOCK, n_classes)
+            source, origin = _block_of(x, offset, stride, low, high, n_classes, n_lanes, stage)
+            s, d = _target_block(source, origin, low, high, n_classes, target, shift, weight, smoothed)
+            chunk_total += np.float64(s)
+            chunk_difference += np.float64(d)
+        total += chunk_total
+        difference += chunk_difference
+    return total, difference
+
+
+# ------------------------------------------------------------------------------------------ shift by the maximum
+
+
+@inline
+def _max_block(x, origin, low, high, n_classes, like):
+    """The largest of the classes ``low .. high``; NaN is passed over (the sum finds it)."""
+    n_lanes = lanes(like)
+    lowest = splat(scalar(-np.inf, like))
+    largest = lowest
+    end = low + (high - low) // n_lanes * n_lanes
+    for c in range(low, end, n_lanes):
+        v = load(x, c - origin, like)
+        largest = where(v > largest, v, largest)
+    if end < high:
+        begin, first, last = tail(low, high, n_classes, n_lanes)
+        v = load(x, begin - origin, like)
+        v = where(iota(like) < splat(integer_like(last, like)), v, lowest)
+        largest = where(v > largest, v, largest)
+    return tree_max(largest)
+
+
+@inline
+def class_mass(y, index, weight, c, keep, spread, like):
+    """weight * (y * keep + spread) for the classes from c on; without ``y``, the weights alone."""
+    if y is None:
+        return load(weight, c, like)
+    return load(weight, c, like) * fma(load(y, index, like), splat(keep), splat(spread))
+
+
+@inline
+def _max_shift_block(x, origin, low, high, n_classes, shift, y, y_origin, weight, keep, spread, like):
+    """Of the classes ``low .. high``: the sum of exp(x - shift) where x != shift, how many x == shift, and of the mass
+    m = weight * (y * keep + spread) the sum of m * (shift - x) and of m (not without ``weight``).
+    """
+    n_lanes = lanes(like)
+    zero, one, shifts = splat(scalar(0.0, like)), splat(scalar(1.0, like)), splat(shift)
+    total, ties, moment, mass = zero, zero, zero, zero
+    end = low + (high - low) // n_lanes * n_lanes
+    for c in range(low, end, n_lanes):
+        v = load(x, c - origin, like)
+        tie = v == shifts
+        d = v - shifts
+        total = total + where(tie, zero, exp(d))
+        ties = ties + where(tie, one, zero)
+        if weight is not None:
+            m = class_mass(y, c - y_origin, weight, c, keep, spread, like)
+            moment = fma(m, -d, moment)
+            mass = mass + m
+    if end < high:
+        begin, first, last = tail(low, high, n_classes, n_lanes)
+        lane = iota(like)
+        valid = (lane >= splat(integer_like(first, like))) & (lane < splat(integer_like(last, like)))
+        v = load(x, begin - origin, like)
+        tie = v == shifts
+        d = v - shifts
+        total = total + where(valid, where(tie, zero, exp(d)), zero)
+        ties = ties + where(valid & tie, one, zero)
+        if weight is not None:
+            m = class_mass(y, begin - y_origin, weight, begin, keep, spread, like)
+            moment = where(valid, fma(m, -d, moment), moment)
+            mass = mass + where(valid, m, zero)
+    return tree_sum(total), tree_sum(ties), tree_sum(moment), tree_sum(mass)
+
+
+@inline
+def finite_shift(largest):
+    """What to subtract when ``largest`` is the maximum so far: -inf would make NaN of masked classes."""
+    return largest if largest > -np.inf else scalar(0.0, largest)
+
+
+@inline
+def scale_factor(old, new):
+    """exp(old - new) of two maxima, old <= new, as float64."""
+    return np.float64(first_lane(exp(splat(old - new))))
+
+
+@subroutine
+def merge(largest, rest, moment, mass, other_largest, other_rest, other_moment, other_mass):
+    """Join two pieces of a row: (maximum, sum of exp(x - maximum) without the maximum's own 1, moment, mass)."""
+    shift, other_shift = finite_shift(largest), finite_shift(other_largest)
+    if other_largest > largest:
+        rest = other_rest + (1.0 + rest) * scale_factor(largest, other_largest)
+        moment = other_moment + (moment + np.float64(other_shift - shift) * mass)
+        largest = other_largest
+    elif largest > other_largest:
+        rest = rest + (1.0 + other_rest) * scale_factor(other_largest, largest)
+        moment = moment + (other_moment + np.float64(shift - other_shift) * other_mass)
+    else:
+        rest = rest + other_rest + (1.0 if largest > -np.inf else 0.0)
+        moment = moment + other_moment
+    return largest, rest, moment, mass + other_mass
+
+
+@inline
+def max_shift_chunk(x, offset, stride, low, high, n_classes, y, y_offset, y_stride, weight, keep, spread, like, stages):
+    """The maximum of a chunk, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass.
+
+    Method: one pass over memory. Each block is searched for a new maximum and then, from the first-level cache, summed
+    with the largest value so far as the shift; where the maximum grew, what was summed before is scaled down.
+    """
+    n_lanes = lanes(like)
+    largest = scalar(-np.inf, like)
+    rest, ties, moment, mass = 0.0, 0.0, 0.0, 0.0
+    for block in range(low, high, BLOCK):
+        end = min(block + BLOCK, high)
+        source, origin = _block_of(x, offset, stride, block, end, n_classes, n_lanes, stages[0])
+        block_largest = _max_block(source, origin, block, end, n_classes, like)
+        if block_largest > largest:
+            rest = (rest + ties) * scale_factor(largest, block_largest)
+            ties = 0.0
+            moment += np.float64(block_largest - finite_shift(largest)) * mass
+            largest = block_largest
+        shift = finite_shift(largest)
+        if y is None:
+            s, t, a, m = _max_shift_block(
+                source, origin, block, end, n_classes, shift, None, origin, weight, keep, spread, like
+            )
+        else:
+            y_source, y_origin = _block_of(y, y_offset, y_stride, block, end, n_classes, n_lanes, stages[1])
+            s, t, a, m = _max_shift_block(
+                source, origin, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread, like
+            )
+        rest += np.float64(s)
+        ties += np.float64(t)
+        moment += np.float64(a)
+        mass += np.float64(m)
+    return largest, rest + (ties - 1.0 if largest > -np.inf else 0.0), moment, mass
+
+
+@subroutine
+def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, like, stages):
+    """:func:`max_shift_chunk` of a whole row: chunk by chunk, joined from the first on."""
+    largest, rest, moment, mass = scalar(-np.inf, like), 0.0, 0.0, 0.0
+    for low in range(0, n_classes, CHUNK):
+        high = min(low + CHUNK, n_classes)
+        piece = max_shift_chunk(
+            x, offset, stride, low, high, n_classes, y, y_offset, y_stride, weight, keep, spread, like, stages
+        )
+        largest, rest, moment, mass = merge(largest, rest, moment, mass, piece[0], piece[1], piece[2], piece[3])
+    return largest, rest, moment, mass
+
+
+# ------------------------------------------------------------------------------------------------------- tiles
+
+
+@inline
+def target_tile(
+    x, geometry, start, offsets, n, targets, near, shifts, weight, smoothed, rest, difference, stage, scratch
+):
+    """:func:`target_row` of each row of a tile that has a target."""
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    for i in range(n):
+        if targets[i] >= 0:
+            rest[i], difference[i] = target_row(
+                x, offsets[i], stride, n_classes, targets[i], shifts[i], weight, smoothed, stage
+            )
+
+
+@inline
+def max_shift_tile(
+    x, geometry, start, offsets, n, y, y_offsets, weight, keep, spread, largest, rest, moment, mass, stages, scratch
+):
+    """:func:`max_shift_row` of each row of a tile."""
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
+    for i in range(n):
+        largest[i], rest[i], moment[i], mass[i] = max_shift_row(
+            x, offsets[i], stride, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, largest[0], stages
+        )
+
+
+@inline
+def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale, is_log, like):
+    """The softmax, or its logarithm, of the classes ``low .. high``: see :func:`write_tile`."""
+    n_lanes = lanes(like)
+    shifts, scales = splat(shift), splat(scale)
+    end = low + (high - low) // n_lanes * n_lanes
+    for c in range(low, end + n_lanes, n_lanes):
+        begin = c
+        if c == end:
+            if end == high:
+                break
+            begin, _, _ = tail(low, high, n_classes, n_lanes)
+        d = load(x, begin - origin, like) - shifts
+        store(out, begin - out_origin, d - scales if is_log else exp(d) * scales)
+
+
+@inline
+def write_tile(
+    x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, stage, out_stage
+):
+    """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
+    like = shifts[0]
+    n_lanes = lanes(like)
+    n_classes = geometry[tiles.N_CLASSES]
+    stride, out_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.SECOND)
+    direct = out_stride == 1 and n_classes >= n_lanes
+    for i in range(n):
+        for low in range(0, n_classes, BLOCK):
+            high = min(low + BLOCK, n_classes)
+            source, origin = _block_of(x, offsets[i], stride, low, high, n_classes, n_lanes, stage)
+            begin = max(0, min(low, high - n_lanes))
+            sink = out if direct else out_stage
+            sink_origin = -out_offsets[i] if direct else begin
+            _write_block(source, origin, sink, sink_origin, low, high, n_classes, shifts[i], scales[i], is_log, like)
+            if not direct:
+                for c in range(low, high):
+                    out[out_offsets[i] + c * out_stride] = out_stage[c - begin]

@@ -1,0 +1,676 @@
+"""The losses as functions: documentation, then check, view, run, reduce.
+
+The checks are in :mod:`fastloss._validation`, the geometry of the arrays in :mod:`fastloss._views`, the choice between one
+thread and several in :mod:`fastloss._runtime`, the arithmetic in :mod:`fastloss._kernels`, which is imported when the
+first result is asked for: ``import fastloss`` alone does not import Numba.
+"""
+
+import functools
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastloss import _reduction, _validation, _views
+from fastloss._validation import Array
+
+__all__ = ["cross_entropy", "kl_div", "log_softmax", "logsumexp", "nll_loss", "softmax"]
+
+_UNSET: Any = object()
+
+# A vector of padding behind the weights: rows shorter than a vector read past them.
+_PADDING = 16
+
+# What gathering one entry costs, in entries read one after the other (a cache line of float32).
+_GATHER_COST = 16
+
+
+def cross_entropy(
+    input: npt.ArrayLike,
+    target: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    r"""Cross-entropy between logits and class indices or class probabilities.
+
+    For class indices :math:`t`, with :math:`p = \mathrm{softmax}(x)` over the classes, :math:`w` the class weights (1
+    without them) and :math:`\epsilon` the label smoothing, the loss of a row is
+
+    .. math:: (1-\epsilon)\, w_t\, (-\log p_t) + \frac{\epsilon}{C} \sum_c w_c\, (-\log p_c)
+
+    and for class probabilities :math:`y`, with :math:`y' = y\,(1-\epsilon) + \epsilon / C`, it is
+    :math:`-\sum_c w_c\, y'_c \log p_c`. The definition is that of ``torch.nn.functional.cross_entropy``.
+
+    Parameters
+    ----------
+    input : array_like
+        Logits (unnormalised), of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``, in any memory layout. float16,
+        bfloat16, float32 or float64; integers and bool count as float64.
+    target : array_like
+        Class indices in ``[0, C)``, of an integer dtype or bool and the shape of `input` without its class axis; or class
+        probabilities, of a floating dtype and the shape of `input`.
+    weight : array_like, optional
+        One real weight per class, shape ``(C)``.
+    size_average, reduce : bool, optional
+        Deprecated, as in PyTorch: where either is given they override `reduction` (``reduce=False`` is ``'none'``, else
+        ``size_average=False`` is ``'sum'``, else ``'mean'``), with a UserWarning.
+    ignore_index : int
+        A class index whose rows count nothing: exactly 0 with ``'none'``, whatever the row holds. It may lie outside
+        ``[0, C)``. Not for class probabilities.
+    reduction : {'mean', 'none', 'sum'}
+        ``'mean'`` divides the sum by the summed weights of the targets kept (class indices) or by the number of rows
+        (class probabilities).
+    label_smoothing : float
+        In [0, 1].
+
+    Returns
+    -------
+    numpy.ndarray or numpy scalar
+        With ``'none'`` one loss per row, of the shape of `input` without its class axis; else a scalar. float32 for
+        float16, bfloat16 and float32 `input`, else float64; probabilities of a wider dtype widen it.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit, a wrong number of weights, an unknown reduction, a `label_smoothing` outside [0, 1], no
+        class at all, `ignore_index` >= 0 with class probabilities, or a masked array with masked entries.
+    IndexError
+        For a class index outside ``[0, C)`` that is not `ignore_index`; names the first one.
+    TypeError
+        For complex, object, string or datetime data, class indices that are no integers, integer targets of the shape of
+        `input`, or an `ignore_index` that is no integer.
+
+    See Also
+    --------
+    CrossEntropyLoss : The same with the options held by an object.
+    nll_loss : For log-probabilities.
+
+    Notes
+    -----
+    *Special values.* A logit of -inf is a masked class, of probability 0. -inf at the target gives inf; a row of only -inf,
+    or with +inf or NaN, gives NaN. No rows, or all ignored: ``'mean'`` is NaN and ``'sum'`` 0. With label smoothing a masked
+    class makes the loss inf (NaN if its weight is 0). A probability of 0 on a logit of -inf gives NaN.
+
+    *Accuracy.* float32 losses are within 2e-6 of the exact value of the given logits in relative terms, however small;
+    ``'sum'`` and ``'mean'`` are the exact sum of the row losses, rounded once, so they depend on no order and no number of
+    threads. A row's loss has the same bits in any batch and layout.
+
+    *Differences from PyTorch.* Any integer dtype for targets and any real one for weights; integer logits become float64;
+    halves give float32; a negative or NaN `label_smoothing` is refused.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastloss
+    >>> logits = np.array([[2.0, 0.5, -1.0], [0.1, 0.2, 3.0]], dtype=np.float32)
+    >>> print(fastloss.cross_entropy(logits, [0, 2]))
+    0.17656127
+    >>> print(fastloss.cross_entropy(logits, [0, 1], reduction="none"))
+    [0.24131131 2.9118114 ]
+    """
+    reduction = _reduction.resolve(reduction, size_average, reduce)
+    ignore_index = _validation.check_ignore_index(ignore_index)
+    label_smoothing = _validation.check_label_smoothing(label_smoothing)
+    logits = _validation.as_real(input, "input")
+    axis = _validation.class_axis(logits)
+    labels = _validation.as_real(target, "target")
+    weights = _validation.class_weight(weight, logits.shape[axis])
+    if labels.shape == logits.shape:
+        _validation.probability_target(labels, ignore_index)
+        return _probability_loss(logits, labels, axis, weights, reduction, label_smoothing)
+    _validation.index_target(labels, logits, axis)
+    return _index_loss(logits, labels, axis, weights, ignore_index, reduction, label_smoothing, is_nll=False)
+
+
+def nll_loss(
+    input: npt.ArrayLike,
+    target: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Any:
+    r"""Negative log-likelihood of class indices under log-probabilities.
+
+    The loss of a row with log-probabilities :math:`x`, target :math:`t` and class weights :math:`w` is :math:`-w_t\, x_t`.
+    The definition is that of ``torch.nn.functional.nll_loss``.
+
+    Parameters
+    ----------
+    input : array_like
+        Log-probabilities, of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``, in any memory layout and any dtype of
+        :func:`cross_entropy`. They are taken as they are: nothing checks that they are normalised.
+    target : array_like
+        Class indices in ``[0, C)``, of an integer dtype or bool and the shape of `input` without its class axis.
+    weight : array_like, optional
+        One real weight per class, shape ``(C)``.
+    size_average, reduce : bool, optional
+        Deprecated; see :func:`cross_entropy`.
+    ignore_index : int
+        A class index whose rows count nothing.
+    reduction : {'mean', 'none', 'sum'}
+        ``'mean'`` divides the sum by the summed weights of the targets kept.
+
+    Returns
+    -------
+    numpy.ndarray or numpy scalar
+        With ``'none'`` one loss per row, of the shape of `target`; else a scalar. float32 for float16, bfloat16 and float32
+        `input`, else float64.
+
+    Raises
+    ------
+    ValueError, IndexError, TypeError
+        As :func:`cross_entropy` for class indices.
+
+    See Also
+    --------
+    NLLLoss : The same with the options held by an object.
+    cross_entropy : For logits.
+
+    Notes
+    -----
+    *Special values.* Only the target's entry is read: NaN and infinities elsewhere in a row do not matter. No rows, or all
+    ignored: ``'mean'`` is NaN and ``'sum'`` 0.
+
+    *Differences from PyTorch.* As :func:`cross_entropy`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastloss
+    >>> log_probabilities = np.log([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
+    >>> print(fastloss.nll_loss(log_probabilities, [0, 2], reduction="none").round(6))
+    [0.356675 0.223144]
+    """
+    reduction = _reduction.resolve(reduction, size_average, reduce)
+    ignore_index = _validation.check_ignore_index(ignore_index)
+    log_probabilities = _validation.as_real(input, "input")
+    axis = _validation.class_axis(log_probabilities)
+    labels = _validation.as_real(target, "target")
+    weights = _validation.class_weight(weight, log_probabilities.shape[axis])
+    _validation.index_target(labels, log_probabilities, axis, probabilities=False)
+    return _index_loss(log_probabilities, labels, axis, weights, ignore_index, reduction, 0.0, is_nll=True)
+
+
+def kl_div(
+    input: npt.ArrayLike,
+    target: npt.ArrayLike,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    r"""Kullback-Leibler divergence from `input` (log-probabilities) to `target` (probabilities), element by element.
+
+    With input :math:`x` and target :math:`y` the pointwise value is :math:`y\,(\log y - x)`, taken as 
+    ``xlogy(y, y) - y * x`` so that :math:`0 \log 0 = 0`; with `log_target`, :math:`e^y (y - x)`. Note the order of the
+    arguments: in the textbook's notation this is :math:`D(\mathrm{target} \| \mathrm{input})`. The definition is that of
+    ``torch.nn.functional.kl_div``.
+
+    Parameters
+    ----------
+    input : array_like
+        Log-probabilities, of any shape and any dtype of :func:`cross_entropy`.
+    target : array_like
+        Probabilities, or with `log_target` log-probabilities, of a shape that broadcasts with `input`.
+    size_average, reduce : bool, optional
+        Deprecated; see :func:`cross_entropy`.
+    reduction : {'mean', 'batchmean', 'none', 'sum'}
+        ``'batchmean'`` divides the sum by ``input.shape[0]`` and is the divergence per row; ``'mean'`` divides by the number
+        of elements, which is not the divergence, and warns.
+    log_target : bool
+        Whether `target` holds logarithms.
+
+    Returns
+    -------
+    numpy.ndarray or numpy scalar
+        With ``'none'`` an array of the broadcast shape; else a scalar. The dtype follows NumPy's promotion of the two, halves
+        counting as float32.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not broadcast, an unknown reduction, or a masked array with masked entries.
+    TypeError
+        For complex, object, string or datetime data.
+
+    See Also
+    --------
+    KLDivLoss : The same with the options held by an object.
+
+    Notes
+    -----
+    *Special values.* A target of 0 counts 0, but NaN where the input is -inf, inf or NaN; a negative target gives NaN.
+
+    *Accuracy.* Where the distributions are close the two terms cancel, so they are computed in float64 for every dtype.
+    ``'sum'`` and the means are the exact sum of the pointwise values, rounded once.
+
+    *Differences from PyTorch.* Integers become float64; halves give float32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastloss
+    >>> p = np.array([[0.5, 0.25, 0.25]])
+    >>> q = np.array([[0.25, 0.25, 0.5]])
+    >>> print(round(float(fastloss.kl_div(np.log(q), p, reduction="batchmean")), 6))
+    0.173287
+    """
+    is_deprecated = size_average is not None or reduce is not None
+    reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
+    if reduction == "mean" and not is_deprecated:
+        warnings.warn(
+            "reduction='mean' divides by the number of elements, so it is not the Kullback-Leibler divergence: "
+            "reduction='batchmean' is",
+            UserWarning,
+            stacklevel=2,
+        )
+    log_probabilities = _validation.as_real(input, "input")
+    goal = _validation.as_real(target, "target")
+    shape = _validation.broadcast_shape(log_probabilities, goal)
+    dtype = _views.compute_dtype(log_probabilities.dtype, goal.dtype)
+    total, values = _kl_pointwise(log_probabilities, goal, shape, dtype, bool(log_target), reduction == "none")
+    if values is not None:
+        return values[()]
+    if reduction == "mean":
+        total = _reduction.divide(total, math.prod(shape))
+    elif reduction == "batchmean" and log_probabilities.ndim:
+        total = _reduction.divide(total, log_probabilities.shape[0])
+    return _scalar(total, dtype)
+
+
+def softmax(input: npt.ArrayLike, axis: int = _UNSET, *, dim: int = _UNSET) -> Any:
+    r"""Softmax :math:`e^{x_c} / \sum_k e^{x_k}` along one axis.
+
+    Parameters
+    ----------
+    input : array_like
+        Logits of any shape, in any memory layout and any dtype of :func:`cross_entropy`.
+    axis : int
+        The class axis; by default the last. A 0-d `input` has the axes 0 and -1.
+    dim : int, optional
+        PyTorch's name of `axis`.
+
+    Returns
+    -------
+    numpy.ndarray or numpy scalar
+        Probabilities of the shape and memory order of `input`. float32 for float16, bfloat16 and float32 `input`, else
+        float64.
+
+    Raises
+    ------
+    numpy.exceptions.AxisError
+        (A ValueError and an IndexError) for an axis that `input` does not have.
+    ValueError
+        For a masked array with masked entries.
+    TypeError
+        For complex, object, string or datetime data, an axis that is no integer, or both `axis` and `dim`.
+
+    See Also
+    --------
+    log_softmax : Its logarithm, computed directly.
+
+    Notes
+    -----
+    *Special values.* A logit of -inf gives exactly 0; a row of only -inf, or with +inf or NaN, gives NaN throughout.
+
+    *Accuracy.* Within 4 units in the last place wherever the result is a normal number.
+
+    *Differences from PyTorch.* `axis` defaults to the last; halves give float32; integers become float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastloss
+    >>> print(fastloss.softmax(np.array([0.0, np.log(3.0), -np.inf])))
+    [0.25 0.75 0.  ]
+    """
+    return _softmax(input, _validation.one_spelling(axis, dim, "axis", "dim", _UNSET), is_log=False)
+
+
+def log_softmax(input: npt.ArrayLike, axis: int = _UNSET, *, dim: int = _UNSET) -> Any:
+    r"""Logarithm of the softmax, :math:`x_c - \log \sum_k e^{x_k}`, along one axis.
+
+    Parameters
+    ----------
+    input : array_like
+        Logits of any shape, in any memory layout and any dtype of :func:`cross_entropy`.
+    axis : int
+        The class axis; by default the last. A 0-d `input` has the axes 0 and -1.
+    dim : int, optional
+        PyTorch's name of `axis`.
+
+    Returns
+    -------
+    numpy.ndarray or numpy scalar
+        Log-probabilities of the shape and memory order of `input`. float32 for float16, bfloat16 and float32 `input`, else
+        float64.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As :func:`softmax`.
+
+    See Also
+    --------
+    softmax : The probabilities.
+    logsumexp : The term that is subtracted.
+
+    Notes
+    -----
+    *Special values.* A logit of -inf gives -inf; a row of only -inf, or with +inf or NaN, gives NaN throughout.
+
+    *Accuracy.* Within 4 units in the last place, the entry of a confident class included.
+
+    *Differences from PyTorch.* As :func:`softmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import fastloss
+    >>> print(fastloss.log_softmax(np.array([0.0, -40.0])))
+    [-4.24835426e-18 -4.00000000e+01]
+    """
+    return _softmax(input, _validation.one_spelling(axis, dim, "axis", "dim", _UNSET), is_log=True)
+
+
+def logsumexp(
+    input: npt.ArrayLike,
+    axis: int | tuple[int, ...] | None = _UNSET,
+    keepdims: bool = _UNSET,
+    *,
+    dim: int | tuple[int, ...] | None = _UNSET,
+    keepdim: bool = _UNSET,
+) -> Any:
+    r"""Logarithm of the sum of exponentials, :math:`\log \sum_c e^{x_c}`, along some or all axes.
+
+    Parameters
+    ----------
+    input : array_like
+        Numbers of any shape, in any memory layout and any dtype of :func:`cross_entropy`.
+    axis : int, tuple of ints, or None
+        What to sum over; by default (None) everything. A 0-d `input` has the axes 0 and -1.
+    keepdims : bool
+        Whether the axes summed over stay, with length 1; by default not.
+    dim, keepdim : optional
+        PyTorch's names of `axis` and `keepdims`.
+
+    Returns
+    -------
+    numpy.ndarray or numpy scalar
+        float32 for float16, bfloat16 and float32 `input`, else float64.
+
+    Raises
+    ------
+    numpy.exceptions.AxisError
+        (A ValueError and an IndexError) for an axis that `input` does not have.
+    ValueError
+        For an axis given twice, or a masked array with masked entries.
+    TypeError
+        For complex, object, string or datetime data, an axis that is no integer, or both spellings of an argument.
+
+    See Also
+    --------
+    log_softmax : The input minus its log-sum-exp.
+
+    Notes
+    -----
+    *Special values.* -inf over nothing but -inf, or over an empty axis; inf where there is an inf; NaN where there is a NaN.
+
+    *Accuracy.* The sum leaves out the maximum's own term, which enters through log1p: a small remainder keeps its digits.
+
+    *Differences from PyTorch.* `axis` may be None; halves give float32; integers become float64.
+
+    Examples
+    --------
+    >>> import fastloss
+    >>> print(fastloss.logsumexp([0.0, -40.0]))
+    4.248354255291589e-18
+    >>> print(fastloss.logsumexp([[0.0, 0.0], [1.0, 1.0]], axis=1).round(4))
+    [0.6931 1.6931]
+    """
+    axis = _validation.one_spelling(axis, dim, "axis", "dim", _UNSET)
+    keepdims = _validation.one_spelling(keepdims, keepdim, "keepdims", "keepdim", _UNSET)
+    values = _validation.as_real(input, "input")
+    axes = _validation.check_axes(None if axis is _UNSET else axis, values.ndim)
+    result = _logsumexp(values, axes, _views.compute_dtype(values.dtype))
+    if keepdims is not _UNSET and keepdims:
+        result = np.expand_dims(result, axes)
+    return result[()]
+
+
+# ------------------------------------------------------------------------------------------------------------ helpers
+
+
+def _scalar(value: float, dtype: np.dtype[Any]) -> Any:
+    with np.errstate(over="ignore"):
+        return dtype.type(value)
+
+
+@functools.lru_cache(maxsize=8)
+def _unit_weights(n_classes: int, dtype: np.dtype[Any]) -> Array:
+    return np.ones(n_classes + _PADDING, dtype)
+
+
+def _padded_weights(weights: Array | None, n_classes: int, dtype: np.dtype[Any]) -> tuple[Array, float]:
+    """The weights in the compute dtype, padded, and their sum."""
+    if weights is None:
+        return _unit_weights(n_classes, dtype), float(n_classes)
+    padded = np.zeros(n_classes + _PADDING, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        padded[:n_classes] = weights
+        return padded, float(padded.sum(dtype=np.float64))
+
+
+@functools.lru_cache(maxsize=64)
+def _options(*values: int) -> Array:
+    """The options of a kernel; see :mod:`fastloss._kernels.tiles`."""
+    return np.array(values, np.int64)
+
+
+def _index_options(target: Array, ignore_index: int, weighted: bool, smoothed: bool, wants_rows: bool) -> Array:
+    from fastloss._kernels.tiles import TARGET_KINDS
+
+    dtype = np.dtype(np.uint8) if target.dtype == bool else target.dtype
+    limits = np.iinfo(dtype)
+    low, high = (0, 1) if target.dtype == bool else (int(limits.min), int(limits.max))
+    has_ignore = low <= ignore_index <= high
+    bits = (ignore_index + 2**63) % 2**64 - 2**63 if has_ignore else 0
+    kind = TARGET_KINDS.index(f"{'u' if dtype.kind == 'u' else ''}int{8 * dtype.itemsize}")
+    return _options(kind, has_ignore, bits, weighted, smoothed, wants_rows, not wants_rows)
+
+
+def _new_totals() -> Array:
+    from fastloss._kernels.sums import STATE_SIZE
+
+    return np.zeros((2, STATE_SIZE), np.int64)
+
+
+def _is_in_rows(array: Array, axis: int, n_rows: int) -> bool:
+    """Whether a kernel takes classes of one row to a vector (else one class of several rows)."""
+    if n_rows < _views.FEW_ROWS:
+        return True
+    return array.shape[axis] > _views.FEW_CLASSES and array.strides[axis] == array.itemsize
+
+
+def _index_loss(
+    logits: Array,
+    target: Array,
+    axis: int,
+    weights: Array | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    is_nll: bool,
+) -> Any:
+    """Cross-entropy or negative log-likelihood with class indices."""
+    from fastloss import _runtime
+    from fastloss._kernels import gather, losses
+
+    n_classes = logits.shape[axis]
+    dtype = _views.compute_dtype(logits.dtype)
+    wants_rows = reduction == "none"
+    out = np.empty(target.shape, dtype) if wants_rows else None
+    total, weight_sum, kept = 0.0, 0.0, 0
+    if target.size:
+        weight, total_weight = _padded_weights(weights, n_classes, dtype)
+        options = _index_options(target, ignore_index, weights is not None, label_smoothing > 0, wants_rows)
+        totals = _new_totals()
+        inputs = (_views.Operand(logits, axis), _views.Operand(target, is_index=True))
+        for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
+            x, rows = operands[0].array, operands[1].array.shape
+            n_rows = math.prod(rows)
+            in_rows = _is_in_rows(x, axis, n_rows)
+            tile = _views.TILE if is_nll else _views.tile_rows(n_classes, in_rows)
+            (flat, labels, result), table = _views.lay_out(rows, n_classes, tile, dtype, operands)
+            arguments = (totals, flat, labels, weight, result, table, options)
+            if is_nll:
+                total, weight_sum, n_kept, bad = _runtime.run(gather.nll, _GATHER_COST * n_rows, table, *arguments)
+            else:
+                kernel = losses.cross_entropy_rows if in_rows else losses.cross_entropy_planes
+                total, weight_sum, n_kept, bad = _runtime.run(
+                    kernel, x.size, table, *arguments, label_smoothing, total_weight
+                )
+            if bad:
+                _validation.target_out_of_range(target, n_classes, ignore_index)
+            kept += n_kept
+    if out is not None:
+        return out[()]
+    if reduction == "mean":
+        denominator = float(kept) if weights is None else weight_sum
+        if label_smoothing and kept and denominator == 0:
+            return _smoothed_mean_of_no_weight(logits, target, axis, weights, ignore_index, label_smoothing)
+        total = _reduction.divide(total, denominator)
+    return _scalar(total, dtype)
+
+
+def _smoothed_mean_of_no_weight(
+    logits: Array, target: Array, axis: int, weights: Array | None, ignore_index: int, label_smoothing: float
+) -> Any:
+    """The smoothed mean where the kept weights sum to 0: PyTorch divides its two terms one by one."""
+    ends = [_index_loss(logits, target, axis, weights, ignore_index, "sum", eps, is_nll=False) for eps in (0.0, 1.0)]
+    plain, uniform = (_reduction.divide(float(end), 0.0) for end in ends)
+    return _scalar((1.0 - label_smoothing) * plain + label_smoothing * uniform, _views.compute_dtype(logits.dtype))
+
+
+def _probability_loss(
+    logits: Array, target: Array, axis: int, weights: Array | None, reduction: str, label_smoothing: float
+) -> Any:
+    """Cross-entropy with class probabilities."""
+    from fastloss import _runtime
+    from fastloss._kernels import losses
+
+    n_classes = logits.shape[axis]
+    shape = _validation.row_shape(logits.shape, axis)
+    dtype = _views.compute_dtype(logits.dtype, target.dtype)
+    out = np.empty(shape, dtype) if reduction == "none" else None
+    total = 0.0
+    if logits.size:
+        weight, _ = _padded_weights(weights, n_classes, dtype)
+        totals = _new_totals()
+        options = _options(0, 0, 0, 0, 0, out is not None, out is None)
+        keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
+        inputs = (_views.Operand(logits, axis), _views.Operand(target, axis))
+        for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
+            x = operands[0].array
+            rows = _validation.row_shape(x.shape, axis)
+            in_rows = _is_in_rows(x, axis, math.prod(rows))
+            tile = _views.tile_rows(n_classes, in_rows)
+            (flat, y, result), table = _views.lay_out(rows, n_classes, tile, dtype, operands)
+            kernel = losses.probabilities_rows if in_rows else losses.probabilities_planes
+            total, _, _, _ = _runtime.run(
+                kernel, x.size, table, totals, flat, y, weight, result, table, options, keep, spread
+            )
+    if out is not None:
+        return out[()]
+    if reduction == "mean":
+        total = _reduction.divide(total, math.prod(shape))
+    return _scalar(total, dtype)
+
+
+def _kl_pointwise(
+    log_probabilities: Array,
+    target: Array,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    log_target: bool,
+    wants_rows: bool,
+) -> tuple[float, Array | None]:
+    """The sum of the pointwise divergence, or the pointwise divergence."""
+    from fastloss import _runtime
+    from fastloss._kernels import pointwise
+
+    out = np.empty(shape, dtype) if wants_rows else None
+    total = 0.0
+    if math.prod(shape):
+        totals = _new_totals()
+        options = _options(0, 0, 0, 0, 0, wants_rows, not wants_rows)
+        inputs = tuple(_views.Operand(np.broadcast_to(a, shape)) for a in (log_probabilities, target))
+        for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
+            rows = operands[0].array.shape
+            (x, y, result), table = _views.lay_out(rows, 1, _views.ELEMENT_TILE, dtype, operands)
+            total, _, _, _ = _runtime.run(
+                pointwise.kl, math.prod(rows), table, totals, x, y, result, table, options, log_target
+            )
+    return total, out
+
+
+def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Log-sum-exp over some axes, which are gone from the result."""
+    from fastloss import _runtime
+    from fastloss._kernels import losses
+
+    shape = tuple(n for a, n in enumerate(values.shape) if a not in axes)
+    n_classes = math.prod(values.shape[a] for a in axes)
+    out = np.empty(shape, dtype)
+    if not out.size or not n_classes:
+        out.fill(-np.inf)
+        return out
+    if len(axes) > 1 and not (_views.lies_well(values) and _views.follows_on(values, axes)):
+        # log-sum-exp of log-sum-exps, the longest axis first, in float64
+        longest = max(axes, key=lambda a: values.shape[a])
+        partial = _logsumexp(values, (longest,), np.dtype(np.float64))
+        others = tuple(a - (a > longest) for a in axes if a != longest)
+        with np.errstate(over="ignore"):
+            return _logsumexp(partial, others, np.dtype(np.float64)).astype(dtype)
+    classes_last = np.moveaxis(values, axes, range(len(shape), values.ndim)).reshape(*shape, n_classes)
+    inputs = (_views.Operand(classes_last, len(shape)),)
+    for operands in _views.readable_pieces(inputs, _views.Operand(out), _views.compute_dtype(values.dtype)):
+        x = operands[0].array
+        in_rows = _is_in_rows(x, len(shape), x.size // n_classes)
+        tile = _views.tile_rows(n_classes, in_rows)
+        (flat, result), table = _views.lay_out(x.shape[:-1], n_classes, tile, dtype, operands)
+        kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes
+        _runtime.run(kernel, x.size, table, flat, result, table)
+    return out
+
+
+def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
+    """Both of :func:`softmax` and :func:`log_softmax`."""
+    from fastloss import _runtime
+    from fastloss._kernels import outputs
+
+    values = _validation.as_real(input, "input")
+    axis = _validation.check_axis(-1 if axis is _UNSET else axis, values.ndim)
+    dtype = _views.compute_dtype(values.dtype)
+    out = np.empty_like(values, dtype, subok=False)
+    if out.size:
+        logits, result = (values.reshape(1), out.reshape(1)) if values.ndim == 0 else (values, out)
+        n_classes = logits.shape[axis]
+        inputs = (_views.Operand(logits, axis),)
+        for operands in _views.readable_pieces(inputs, _views.Operand(result, axis), dtype):
+            x = operands[0].array
+            rows = _validation.row_shape(x.shape, axis)
+            in_rows = _is_in_rows(x, axis, math.prod(rows))
+            tile = _views.tile_rows(n_classes, in_rows)
+            (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, dtype, operands)
+            kernel = outputs.softmax_rows if in_rows else outputs.softmax_planes
+            _runtime.run(kernel, x.size, table, flat, flat_out, table, is_log)
+    return out[()]

@@ -7,7 +7,7 @@ rounded polynomial on its interval. Needs mpmath (the ``test`` extra).
 """
 
 import numpy as np
-from mpmath import expm1, log, log1p, matrix, mp, mpf, lu_solve
+from mpmath import expm1, log, log1p, lu_solve, matrix, mp, mpf
 
 mp.dps = 60
 
@@ -80,7 +80,10 @@ def main():
         report(f"{name} exp", p, error)
         # log1p(x) = x + x**2 * p(x) on [-1/4, 1/2]; the error is relative to log1p.
         degree = degrees[1]
-        p = rounded(remez(_log1p_rest, lambda x: x**2 / max(abs(log1p(x)), mpf("1e-6")) + mpf("1e-6"), "-0.25", "0.5", degree), dtype)
+        p = rounded(
+            remez(_log1p_rest, lambda x: x**2 / max(abs(log1p(x)), mpf("1e-6")) + mpf("1e-6"), "-0.25", "0.5", degree),
+            dtype,
+        )
         error = worst(lambda x, p=p: x + x**2 * mp.polyval(p[::-1], x), log1p, "-0.25", "0.5")
         report(f"{name} log1p", p, error)
 

@@ -2,9 +2,10 @@
 
 * Small work runs serially, in the caller's thread: starting threads costs more than it saves.
 * One parallel region at a time. A caller that finds it busy computes serially, in its own thread, without waiting: no
-  oversubscription, and Numba's workqueue layer, which ends the process when two threads enter it, is never entered twice.
-* A forked child of a process that has started GNU OpenMP threads computes serially: that layer ends the child otherwise.
-* ``numba.set_num_threads`` is respected, and never called.
+  oversubscription, and Numba's workqueue layer, which ends the process when two threads enter it, is never entered
+  twice.
+* A forked child of a process that has started GNU OpenMP threads computes serially: that layer ends the child
+otherwise. * ``numba.set_num_threads`` is respected, and never called.
 """
 
 import os
@@ -29,7 +30,7 @@ _serial_only = False
 
 def _threads_were_started() -> bool:
     try:
-        return numba.threading_layer() == "omp"
+        return bool(numba.threading_layer() == "omp")
     except ValueError:  # no threading layer has been started
         return False
 

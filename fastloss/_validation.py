@@ -1,7 +1,7 @@
 """Every check of the public functions, and every exception they raise. What comes back is canonical.
 
-A message says which argument is wrong, what came, and what was expected. All checks but one precede the computation; the
-exception is a target out of range, which the kernels find while they read the targets: :func:`check_targets`.
+A message says which argument is wrong, what came, and what was expected. All checks but one precede the computation;
+the exception is a target out of range, which the kernels find while they read the targets: :func:`check_targets`.
 """
 
 import operator
@@ -32,13 +32,13 @@ def is_integer(dtype: np.dtype[Any]) -> bool:
 
 
 def as_array(value: Any, name: str) -> Array:
-    """Anything with ``__array__``, the buffer protocol or a sequence of numbers, as a plain ndarray; no copy if avoidable."""
+    """Anything with ``__array__``, the buffer protocol or a sequence of numbers, as an ndarray."""
     if type(value) is np.ndarray:
         return value
     if isinstance(value, np.ma.MaskedArray):
         if np.ma.is_masked(value):
             raise ValueError(
-                f"{name}: got a masked array with {np.ma.count_masked(value)} masked entries, expected an array without; "
+                f"{name}: got a masked array with {int(value.mask.sum())} masked entries, expected an array without; "
                 "fill them, or give their rows ignore_index as target"
             )
         value = value.data
@@ -89,7 +89,8 @@ def index_target(target: Array, logits: Array, axis: int, probabilities: bool = 
     if target.shape != expected:
         raise ValueError(
             f"target: got shape {target.shape} for input of shape {logits.shape}, "
-            f"expected {expected} (class indices)" + (f" or {logits.shape} (class probabilities)" if probabilities else "")
+            f"expected {expected} (class indices)"
+            + (f" or {logits.shape} (class probabilities)" if probabilities else "")
         )
     if not is_integer(target.dtype):
         raise TypeError(f"target: got dtype {target.dtype}, expected an integer dtype or bool for class indices")
@@ -195,7 +196,7 @@ def broadcast_shape(logits: Array, target: Array) -> tuple[int, ...]:
 
 
 def target_out_of_range(target: Array, n_classes: int, ignore_index: int) -> NoReturn:
-    """Find the first target that is neither a class nor ignored, in C order, and raise. Called once a kernel saw one."""
+    """Raise for the first target, in C order, that is neither a class nor ignored: a kernel has seen one."""
     flat = target.reshape(-1) if target.flags.c_contiguous else None
     size, step = target.size, 1 << 16
     for begin in range(0, size, step):
@@ -206,6 +207,7 @@ def target_out_of_range(target: Array, n_classes: int, ignore_index: int) -> NoR
                 position = tuple(int(i) for i in np.unravel_index(begin + int(offset), target.shape))
                 where = f" at {position if len(position) > 1 else position[0]}" if position else ""
                 raise IndexError(
-                    f"target: got {value}{where}, expected a class in [0, {n_classes - 1}] or ignore_index={ignore_index}"
+                    f"target: got {value}{where}, expected a class in [0, {n_classes - 1}] "
+                    f"or ignore_index={ignore_index}"
                 )
     raise IndexError(f"target: a class outside [0, {n_classes - 1}] vanished while it was looked for")

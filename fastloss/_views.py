@@ -135,9 +135,7 @@ def geometry(
 def follows_on(array: Array, axes: tuple[int, ...]) -> bool:
     """Whether some axes, taken together in their order, have one stride."""
     lengths = [(array.shape[a], array.strides[a]) for a in axes if array.shape[a] != 1]
-    return all(
-        outer == inner * length for (_, outer), (length, inner) in itertools.pairwise(lengths)
-    )
+    return all(outer == inner * length for (_, outer), (length, inner) in itertools.pairwise(lengths))
 
 
 def without(values: tuple[Any, ...], axis: int | None) -> tuple[Any, ...]:
@@ -147,28 +145,29 @@ def without(values: tuple[Any, ...], axis: int | None) -> tuple[Any, ...]:
 class Operand(NamedTuple):
     """An array that a kernel reads or writes, of the rows' shape and, unless ``class_axis`` is None, one axis more.
 
-    ``is_index`` marks class indices, which are read as bytes so that one kernel takes every integer dtype. ``array`` is None
-    for a result that is not wanted.
+    ``is_index`` marks class indices, which are read as bytes so that one kernel takes every integer dtype. A result
+    that is not wanted is empty.
     """
 
-    array: Array | None
+    array: Array
     class_axis: int | None = None
     is_index: bool = False
 
 
 @functools.cache
-def _nothing(dtype: np.dtype[Any]) -> Array:
+def _one(dtype: np.dtype[Any]) -> Array:
+    """One element, for the kernels to see the dtype of a result that is not wanted."""
     return np.zeros(1, dtype)
 
 
 def lay_out(
-    shape: tuple[int, ...], n_classes: int, tile: int, dtype: np.dtype[Any], operands: Iterable[Operand]
+    shape: tuple[int, ...], n_classes: int, tile: int, operands: Iterable[Operand]
 ) -> tuple[list[Array], Array]:
-    """The operands as flat memory, and the geometry of their rows, which have the given shape and results of ``dtype``."""
+    """The operands as flat memory, and the geometry of their rows, which have the given shape."""
     flats, origins, class_strides, strides = [], [], [], []
     for array, class_axis, is_index in operands:
-        if array is None:
-            flats.append(_nothing(dtype))
+        if not array.size:
+            flats.append(_one(array.dtype))
             origins.append(0)
             class_strides.append(0)
             strides.append((0,) * len(shape))
@@ -203,7 +202,7 @@ def readable_pieces(
             copies.append(
                 Operand(np.array(source[row_cut if axis is None else cut], native, order="C"), axis, is_index)
             )
-        piece = None if result.array is None else result.array[row_cut if result.class_axis is None else cut]
+        piece = result.array[row_cut if result.class_axis is None else cut] if result.array.size else result.array
         yield (*copies, Operand(piece, result.class_axis))
 
 

@@ -1,8 +1,8 @@
 """The losses as functions: documentation, then check, view, run, reduce.
 
-The checks are in :mod:`fastloss._validation`, the geometry of the arrays in :mod:`fastloss._views`, the choice between one
-thread and several in :mod:`fastloss._runtime`, the arithmetic in :mod:`fastloss._kernels`, which is imported when the
-first result is asked for: ``import fastloss`` alone does not import Numba.
+The checks are in :mod:`fastloss._validation`, the geometry of the arrays in :mod:`fastloss._views`, the choice between
+one thread and several in :mod:`fastloss._runtime`, the arithmetic in :mod:`fastloss._kernels`, which is imported when
+the first result is asked for: ``import fastloss`` alone does not import Numba.
 """
 
 import functools
@@ -53,8 +53,8 @@ def cross_entropy(
         Logits (unnormalised), of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``, in any memory layout. float16,
         bfloat16, float32 or float64; integers and bool count as float64.
     target : array_like
-        Class indices in ``[0, C)``, of an integer dtype or bool and the shape of `input` without its class axis; or class
-        probabilities, of a floating dtype and the shape of `input`.
+        Class indices in ``[0, C)``, of an integer dtype or bool and the shape of `input` without its class axis; or
+        class probabilities, of a floating dtype and the shape of `input`.
     weight : array_like, optional
         One real weight per class, shape ``(C)``.
     size_average, reduce : bool, optional
@@ -78,13 +78,13 @@ def cross_entropy(
     Raises
     ------
     ValueError
-        For shapes that do not fit, a wrong number of weights, an unknown reduction, a `label_smoothing` outside [0, 1], no
-        class at all, `ignore_index` >= 0 with class probabilities, or a masked array with masked entries.
+        For shapes that do not fit, a wrong number of weights, an unknown reduction, a `label_smoothing` outside [0, 1],
+        no class at all, `ignore_index` >= 0 with class probabilities, or a masked array with masked entries.
     IndexError
         For a class index outside ``[0, C)`` that is not `ignore_index`; names the first one.
     TypeError
-        For complex, object, string or datetime data, class indices that are no integers, integer targets of the shape of
-        `input`, or an `ignore_index` that is no integer.
+        For complex, object, string or datetime data, class indices that are no integers, integer targets of the shape
+        of `input`, or an `ignore_index` that is no integer.
 
     See Also
     --------
@@ -93,16 +93,17 @@ def cross_entropy(
 
     Notes
     -----
-    *Special values.* A logit of -inf is a masked class, of probability 0. -inf at the target gives inf; a row of only -inf,
-    or with +inf or NaN, gives NaN. No rows, or all ignored: ``'mean'`` is NaN and ``'sum'`` 0. With label smoothing a masked
-    class makes the loss inf (NaN if its weight is 0). A probability of 0 on a logit of -inf gives NaN.
+    *Special values.* A logit of -inf is a masked class, of probability 0. -inf at the target gives inf; a row of only
+    -inf, or with +inf or NaN, gives NaN. No rows, or all ignored: ``'mean'`` is NaN and ``'sum'`` 0. With label
+    smoothing a masked class makes the loss inf (NaN if its weight is 0). A probability of 0 on a logit of -inf gives
+    NaN.
 
     *Accuracy.* float32 losses are within 2e-6 of the exact value of the given logits in relative terms, however small;
-    ``'sum'`` and ``'mean'`` are the exact sum of the row losses, rounded once, so they depend on no order and no number of
-    threads. A row's loss has the same bits in any batch and layout.
+    ``'sum'`` and ``'mean'`` are the exact sum of the row losses, rounded once, so they depend on no order and no number
+    of threads. A row's loss has the same bits in any batch and layout.
 
-    *Differences from PyTorch.* Any integer dtype for targets and any real one for weights; integer logits become float64;
-    halves give float32; a negative or NaN `label_smoothing` is refused.
+    *Differences from PyTorch.* Any integer dtype for targets and any real one for weights; integer logits become
+    float64; halves give float32; a negative or NaN `label_smoothing` is refused.
 
     Examples
     --------
@@ -139,13 +140,14 @@ def nll_loss(
 ) -> Any:
     r"""Negative log-likelihood of class indices under log-probabilities.
 
-    The loss of a row with log-probabilities :math:`x`, target :math:`t` and class weights :math:`w` is :math:`-w_t\, x_t`.
-    The definition is that of ``torch.nn.functional.nll_loss``.
+    The loss of a row with log-probabilities :math:`x`, target :math:`t` and class weights :math:`w` is :math:`-w_t\,
+    x_t`. The definition is that of ``torch.nn.functional.nll_loss``.
 
     Parameters
     ----------
     input : array_like
-        Log-probabilities, of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``, in any memory layout and any dtype of
+        Log-probabilities, of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``, in any memory layout and any dtype
+        of
         :func:`cross_entropy`. They are taken as they are: nothing checks that they are normalised.
     target : array_like
         Class indices in ``[0, C)``, of an integer dtype or bool and the shape of `input` without its class axis.
@@ -161,8 +163,8 @@ def nll_loss(
     Returns
     -------
     numpy.ndarray or numpy scalar
-        With ``'none'`` one loss per row, of the shape of `target`; else a scalar. float32 for float16, bfloat16 and float32
-        `input`, else float64.
+        With ``'none'`` one loss per row, of the shape of `target`; else a scalar. float32 for float16, bfloat16 and
+        float32 `input`, else float64.
 
     Raises
     ------
@@ -176,8 +178,8 @@ def nll_loss(
 
     Notes
     -----
-    *Special values.* Only the target's entry is read: NaN and infinities elsewhere in a row do not matter. No rows, or all
-    ignored: ``'mean'`` is NaN and ``'sum'`` 0.
+    *Special values.* Only the target's entry is read: NaN and infinities elsewhere in a row do not matter. No rows, or
+    all ignored: ``'mean'`` is NaN and ``'sum'`` 0.
 
     *Differences from PyTorch.* As :func:`cross_entropy`.
 
@@ -209,10 +211,10 @@ def kl_div(
 ) -> Any:
     r"""Kullback-Leibler divergence from `input` (log-probabilities) to `target` (probabilities), element by element.
 
-    With input :math:`x` and target :math:`y` the pointwise value is :math:`y\,(\log y - x)`, taken as 
+    With input :math:`x` and target :math:`y` the pointwise value is :math:`y\,(\log y - x)`, taken as
     ``xlogy(y, y) - y * x`` so that :math:`0 \log 0 = 0`; with `log_target`, :math:`e^y (y - x)`. Note the order of the
-    arguments: in the textbook's notation this is :math:`D(\mathrm{target} \| \mathrm{input})`. The definition is that of
-    ``torch.nn.functional.kl_div``.
+    arguments: in the textbook's notation this is :math:`D(\mathrm{target} \| \mathrm{input})`. The definition is that
+    of ``torch.nn.functional.kl_div``.
 
     Parameters
     ----------
@@ -223,16 +225,16 @@ def kl_div(
     size_average, reduce : bool, optional
         Deprecated; see :func:`cross_entropy`.
     reduction : {'mean', 'batchmean', 'none', 'sum'}
-        ``'batchmean'`` divides the sum by ``input.shape[0]`` and is the divergence per row; ``'mean'`` divides by the number
-        of elements, which is not the divergence, and warns.
+        ``'batchmean'`` divides the sum by ``input.shape[0]`` and is the divergence per row; ``'mean'`` divides by the
+        number of elements, which is not the divergence, and warns.
     log_target : bool
         Whether `target` holds logarithms.
 
     Returns
     -------
     numpy.ndarray or numpy scalar
-        With ``'none'`` an array of the broadcast shape; else a scalar. The dtype follows NumPy's promotion of the two, halves
-        counting as float32.
+        With ``'none'`` an array of the broadcast shape; else a scalar. The dtype follows NumPy's promotion of the two,
+        halves counting as float32.
 
     Raises
     ------
@@ -277,7 +279,7 @@ def kl_div(
     shape = _validation.broadcast_shape(log_probabilities, goal)
     dtype = _views.compute_dtype(log_probabilities.dtype, goal.dtype)
     total, values = _kl_pointwise(log_probabilities, goal, shape, dtype, bool(log_target), reduction == "none")
-    if values is not None:
+    if reduction == "none":
         return values[()]
     if reduction == "mean":
         total = _reduction.divide(total, math.prod(shape))
@@ -350,8 +352,8 @@ def log_softmax(input: npt.ArrayLike, axis: int = _UNSET, *, dim: int = _UNSET) 
     Returns
     -------
     numpy.ndarray or numpy scalar
-        Log-probabilities of the shape and memory order of `input`. float32 for float16, bfloat16 and float32 `input`, else
-        float64.
+        Log-probabilities of the shape and memory order of `input`. float32 for float16, bfloat16 and float32 `input`,
+        else float64.
 
     Raises
     ------
@@ -422,9 +424,11 @@ def logsumexp(
 
     Notes
     -----
-    *Special values.* -inf over nothing but -inf, or over an empty axis; inf where there is an inf; NaN where there is a NaN.
+    *Special values.* -inf over nothing but -inf, or over an empty axis; inf where there is an inf; NaN where there is a
+    NaN.
 
-    *Accuracy.* The sum leaves out the maximum's own term, which enters through log1p: a small remainder keeps its digits.
+    *Accuracy.* The sum leaves out the maximum's own term, which enters through log1p: a small remainder keeps its
+    digits.
 
     *Differences from PyTorch.* `axis` may be None; halves give float32; integers become float64.
 
@@ -517,7 +521,7 @@ def _index_loss(
     n_classes = logits.shape[axis]
     dtype = _views.compute_dtype(logits.dtype)
     wants_rows = reduction == "none"
-    out = np.empty(target.shape, dtype) if wants_rows else None
+    out = np.empty(target.shape if wants_rows else 0, dtype)
     total, weight_sum, kept = 0.0, 0.0, 0
     if target.size:
         weight, total_weight = _padded_weights(weights, n_classes, dtype)
@@ -529,7 +533,7 @@ def _index_loss(
             n_rows = math.prod(rows)
             in_rows = _is_in_rows(x, axis, n_rows)
             tile = _views.TILE if is_nll else _views.tile_rows(n_classes, in_rows)
-            (flat, labels, result), table = _views.lay_out(rows, n_classes, tile, dtype, operands)
+            (flat, labels, result), table = _views.lay_out(rows, n_classes, tile, operands)
             arguments = (totals, flat, labels, weight, result, table, options)
             if is_nll:
                 total, weight_sum, n_kept, bad = _runtime.run(gather.nll, _GATHER_COST * n_rows, table, *arguments)
@@ -541,7 +545,7 @@ def _index_loss(
             if bad:
                 _validation.target_out_of_range(target, n_classes, ignore_index)
             kept += n_kept
-    if out is not None:
+    if wants_rows:
         return out[()]
     if reduction == "mean":
         denominator = float(kept) if weights is None else weight_sum
@@ -570,12 +574,13 @@ def _probability_loss(
     n_classes = logits.shape[axis]
     shape = _validation.row_shape(logits.shape, axis)
     dtype = _views.compute_dtype(logits.dtype, target.dtype)
-    out = np.empty(shape, dtype) if reduction == "none" else None
+    wants_rows = reduction == "none"
+    out = np.empty(shape if wants_rows else 0, dtype)
     total = 0.0
     if logits.size:
         weight, _ = _padded_weights(weights, n_classes, dtype)
         totals = _new_totals()
-        options = _options(0, 0, 0, 0, 0, out is not None, out is None)
+        options = _options(0, 0, 0, 0, 0, wants_rows, not wants_rows)
         keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
         inputs = (_views.Operand(logits, axis), _views.Operand(target, axis))
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
@@ -583,12 +588,12 @@ def _probability_loss(
             rows = _validation.row_shape(x.shape, axis)
             in_rows = _is_in_rows(x, axis, math.prod(rows))
             tile = _views.tile_rows(n_classes, in_rows)
-            (flat, y, result), table = _views.lay_out(rows, n_classes, tile, dtype, operands)
+            (flat, y, result), table = _views.lay_out(rows, n_classes, tile, operands)
             kernel = losses.probabilities_rows if in_rows else losses.probabilities_planes
             total, _, _, _ = _runtime.run(
                 kernel, x.size, table, totals, flat, y, weight, result, table, options, keep, spread
             )
-    if out is not None:
+    if wants_rows:
         return out[()]
     if reduction == "mean":
         total = _reduction.divide(total, math.prod(shape))
@@ -602,12 +607,12 @@ def _kl_pointwise(
     dtype: np.dtype[Any],
     log_target: bool,
     wants_rows: bool,
-) -> tuple[float, Array | None]:
-    """The sum of the pointwise divergence, or the pointwise divergence."""
+) -> tuple[float, Array]:
+    """The sum of the pointwise divergence, or (else 0 and empty) the pointwise divergence."""
     from fastloss import _runtime
     from fastloss._kernels import pointwise
 
-    out = np.empty(shape, dtype) if wants_rows else None
+    out = np.empty(shape if wants_rows else 0, dtype)
     total = 0.0
     if math.prod(shape):
         totals = _new_totals()
@@ -615,7 +620,7 @@ def _kl_pointwise(
         inputs = tuple(_views.Operand(np.broadcast_to(a, shape)) for a in (log_probabilities, target))
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
             rows = operands[0].array.shape
-            (x, y, result), table = _views.lay_out(rows, 1, _views.ELEMENT_TILE, dtype, operands)
+            (x, y, result), table = _views.lay_out(rows, 1, _views.ELEMENT_TILE, operands)
             total, _, _, _ = _runtime.run(
                 pointwise.kl, math.prod(rows), table, totals, x, y, result, table, options, log_target
             )
@@ -646,7 +651,7 @@ def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Ar
         x = operands[0].array
         in_rows = _is_in_rows(x, len(shape), x.size // n_classes)
         tile = _views.tile_rows(n_classes, in_rows)
-        (flat, result), table = _views.lay_out(x.shape[:-1], n_classes, tile, dtype, operands)
+        (flat, result), table = _views.lay_out(x.shape[:-1], n_classes, tile, operands)
         kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes
         _runtime.run(kernel, x.size, table, flat, result, table)
     return out
@@ -670,7 +675,7 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
             rows = _validation.row_shape(x.shape, axis)
             in_rows = _is_in_rows(x, axis, math.prod(rows))
             tile = _views.tile_rows(n_classes, in_rows)
-            (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, dtype, operands)
+            (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, operands)
             kernel = outputs.softmax_rows if in_rows else outputs.softmax_planes
             _runtime.run(kernel, x.size, table, flat, flat_out, table, is_log)
     return out[()]

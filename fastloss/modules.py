@@ -44,7 +44,8 @@ class CrossEntropyLoss(_Module):
     Parameters
     ----------
     weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        As :func:`fastloss.cross_entropy`. `size_average` and `reduce` are turned into `reduction` here, with a UserWarning.
+        As :func:`fastloss.cross_entropy`. `size_average` and `reduce` are turned into `reduction` here, with a
+        UserWarning.
 
     Raises
     ------

@@ -10,6 +10,8 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering
 
+from fastloss._cache import DiskCache
+
 __all__ = ["Kernel", "inline", "subroutine"]
 
 # Division by zero follows IEEE arithmetic instead of raising. No fast-math flag, here or anywhere: the order and the
@@ -67,10 +69,19 @@ def subroutine(function):
 class Kernel:
     """One Python body, compiled twice: ``serial`` holds no lock and starts no thread, ``parallel`` uses ``prange``.
 
-    The body's first argument is the number of workers, the length of its one ``prange`` loop.
+    The body's first argument is the number of workers, the length of its one ``prange`` loop. ``name`` is the kernel's
+    name in the cache.
     """
 
-    def __init__(self, body):
-        self.body = body
-        self.serial = njit(body, nogil=True, **_OPTIONS)
-        self.parallel = njit(body, nogil=True, parallel=True, **_OPTIONS)
+    def __init__(self, name, body):
+        self.name = name
+        self.serial = self._compile(f"{name}-serial", body)
+        self.parallel = self._compile(f"{name}-parallel", body, parallel=True)
+
+    @staticmethod
+    def _compile(name, body, **options):
+        if config.DISABLE_JIT:
+            return body
+        dispatcher = njit(body, nogil=True, **_OPTIONS, **options)
+        dispatcher._cache = DiskCache(name)
+        return dispatcher

@@ -14,6 +14,7 @@ __all__ = [
     "iota",
     "lanes",
     "load",
+    "load_columns",
     "load_integer",
     "load_one",
     "next_task",
@@ -57,6 +58,13 @@ def iota(like):
 
 def load(array, index, like):
     return _load(array, index, lanes(like), _dtype(like))
+
+
+def load_columns(array, offsets, first, column, like):
+    starts = offsets[first : first + lanes(like)] + column
+    if starts.min() < 0 or starts.max() > len(array) - 4:
+        raise IndexError("vector outside its array")
+    return tuple(array[starts + i] for i in range(4))
 
 
 def load_one(array, index, like):

@@ -10,7 +10,6 @@ from numba import types
 from numba.extending import overload
 
 from fastloss._kernels._jit import inline
-
 from fastloss._kernels._simd import fma, from_bits, polynomial, splat, to_bits, to_float, where
 
 __all__ = ["LOG1P_LIMIT", "exp", "log", "log1p"]
@@ -38,11 +37,12 @@ def _make_exp(dtype, coefficients, low, high):
     Computes exp(d) = 2**n * (1 + f + f**2 * p(f)) with n = rint(d * log2(e)), f = d - n * ln(2).
 
     Method: adding the constant ``shift`` rounds d * log2(e) to the integer n and leaves n plus the exponent bias in
-    the low bits, so that one integer shift makes 2**n. ln(2) in two parts keeps f, and so the result, accurate for large
-    |d|. The last step is one fused operation on 2**n, not an addition to the exponent field, which would destroy NaNs.
+    the low bits, so that one integer shift makes 2**n. ln(2) in two parts keeps f, and so the result, accurate for
+    large |d|. The last step is one fused operation on 2**n, not an addition to the exponent field, which would destroy
+    NaNs.
 
-    Special values: exactly 1 at 0, exactly 0 below ``low`` (where 2**n is the first exponent that is 0), inf or NaN above
-    about ln(largest number) (the callers ask only whether the result is finite), NaN for NaN.
+    Special values: exactly 1 at 0, exactly 0 below ``low`` (where 2**n is the first exponent that is 0), inf or NaN
+    above about ln(largest number) (the callers ask only whether the result is finite), NaN for NaN.
 
     Accuracy: under 1 ulp wherever the result is a normal number (tests/test_vecmath.py).
     """
@@ -190,8 +190,8 @@ _LOG1P64 = (
     0.008056504588206965,
 )
 
-# exp's clamps. Below: -127.x * ln(2) and -1023.x * ln(2), where 2**n becomes 0; the normal numbers end before (at -87.34
-# and -708.4). Above: past the largest exponent by less than one, so that n still fits its field.
+# exp's clamps. Below: -127.x * ln(2) and -1023.x * ln(2), where 2**n becomes 0; the normal numbers end before (at
+# -87.34 and -708.4). Above: past the largest exponent by less than one, so that n still fits its field.
 _exp32 = _make_exp(np.float32, _EXP32, -88.0, 89.0)
 _exp64 = _make_exp(np.float64, _EXP64, -709.0, 710.0)
 _log1p32 = _make_log1p(np.float32, _LOG1P32)
@@ -200,7 +200,7 @@ _log64 = _make_log(np.float64, _LOG1P64)
 
 
 def exp(d):
-    """exp of a vector; see :func:`_make_exp`."""
+    """Exp of a vector; see :func:`_make_exp`."""
     return _exp32(d) if d.dtype == np.float32 else _exp64(d)
 
 
@@ -224,7 +224,7 @@ def _log1p(s):
 
 
 def log(x):
-    """log of a float64 vector; see :func:`_make_log`."""
+    """Log of a float64 vector; see :func:`_make_log`."""
     return _log64(x)
 
 

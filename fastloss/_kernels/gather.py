@@ -43,7 +43,7 @@ def _work(counter, totals, counts, x, target, weight, out, geometry, options):
 
 
 def _nll(n_workers, totals, x, target, weight, out, geometry, options):
-    """loss = -w[t] * x[t] for each row that is not ignored."""
+    """Loss = -w[t] * x[t] for each row that is not ignored."""
     counter = np.zeros(1, np.int64)
     states = np.zeros((n_workers, 2, STATE_SIZE), np.int64)
     counts = np.zeros((n_workers, 8), np.int64)
@@ -52,4 +52,4 @@ def _nll(n_workers, totals, x, target, weight, out, geometry, options):
     return collect(totals, states, counts)
 
 
-nll = Kernel(_nll)
+nll = Kernel("nll", _nll)

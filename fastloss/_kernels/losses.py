@@ -1,7 +1,7 @@
 """The kernels of cross-entropy and log-sum-exp: tiles of rows, taken in turn by the workers.
 
-Each kernel exists twice, over the tile functions of :mod:`rows` (contiguous class axis) and of :mod:`planes` (any other,
-and few classes); the two give the same bits.
+Each kernel exists twice, over the tile functions of :mod:`rows` (contiguous class axis) and of :mod:`planes` (any
+other, and few classes); the two give the same bits.
 
 A kernel takes the number of workers, the totals to add to (int64, one row per exact sum of :mod:`sums`), its arrays as
 flat memory and the geometry; it returns the sum, the sum of the weights (both rounded once, from the totals), how many
@@ -32,26 +32,29 @@ def _finish_targets(
 ):
     """The losses of a tile from the sums of its rows.
 
-    Computes, with s the sum of exp(x[c] - x[t]) over c != t: loss = log1p(s); with smoothing eps the mean over the classes
-    enters as (1 - eps) * w[t] * loss + eps / C * (sum(w) * log1p(s) + sum(w[c] * (x[t] - x[c]))).
+    Computes, with s the sum of exp(x[c] - x[t]) over c != t: loss = log1p(s); with smoothing eps the mean over the
+    classes enters as (1 - eps) * w[t] * loss + eps / C * (sum(w) * log1p(s) + sum(w[c] * (x[t] - x[c]))).
 
     Method: shifting by the target keeps the digits of a small loss and needs no pass for the maximum. Where s is too
-    large (the target lies some 88 below the maximum) or x[t] is no number, the row is summed again, shifted by the maximum.
+    large (the target lies some 88 below the maximum) or x[t] is no number, the row is summed again, shifted by the
+    maximum.
     """
     like = weight[0]
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    again = 0
     for i in range(n):
-        if targets[i] < 0:
-            rest[i] = 0.0
-            shifts[i] = 0.0
-        elif rest[i] < LOG1P_LIMIT and np.isfinite(shifts[i]):
-            shifts[i] = 0.0
-        else:
-            largest, rest[i], difference[i], _ = rows.max_shift_row(
-                x, offsets[i], stride, n_classes, None, 0, 0, weight,
-                scalar(1.0, like), scalar(0.0, like), like, (stage, stage),
-            )  # fmt: skip
-            shifts[i] = largest - shifts[i] if np.isfinite(largest) else scalar(np.nan, like)
+        again += (targets[i] >= 0) & (not ((rest[i] < LOG1P_LIMIT) & (abs(shifts[i]) < np.inf)))
+    if again:
+        for i in range(n):
+            if targets[i] < 0 or (rest[i] < LOG1P_LIMIT and np.isfinite(shifts[i])):
+                shifts[i] = 0.0
+            else:
+                largest, rest[i], difference[i], _ = rows.max_shift_row(
+                    x, offsets[i], stride, n_classes, None, 0, 0, weight,
+                    scalar(1.0, like), scalar(0.0, like), like, (stage, stage),
+                )  # fmt: skip
+                shifts[i] = largest - shifts[i] if np.isfinite(largest) else scalar(np.nan, like)
+    for i in range(n):
         loss[i] = rest[i]
     log1p_all(loss, n)
     smoothed = options[tiles.IS_SMOOTHED] != 0
@@ -59,17 +62,16 @@ def _finish_targets(
         per_class = smoothing / n_classes
         for i in range(n):
             w = np.float64(weight[max(targets[i], 0)])
-            value = w * np.float64(loss[i] + shifts[i])
+            value = w * np.float64(loss[i] + shifts[i] if again else loss[i])
             if smoothed:
                 mean = total_weight * np.float64(loss[i]) + difference[i]
                 value = (1.0 - smoothing) * value + per_class * mean
             loss[i] = value
-    else:
+    elif again:
         for i in range(n):
             loss[i] += shifts[i]
     for i in range(n):
-        if targets[i] < 0:
-            loss[i] = 0.0
+        loss[i] = loss[i] if targets[i] >= 0 else 0.0
 
 
 @subroutine
@@ -92,7 +94,7 @@ def collect(totals, states, counts):
     return rounded(totals[0]), rounded(totals[1]), kept, bad
 
 
-def _cross_entropy(tile_sums, make_scratch):
+def _cross_entropy(name, tile_sums):
     """Cross-entropy with index targets."""
 
     @subroutine
@@ -100,7 +102,7 @@ def _cross_entropy(tile_sums, make_scratch):
         like = weight[0]
         n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
-        scratch = make_scratch(width, weight)
+        scratch = planes.make_scratch(width, weight)
         stage = np.zeros(planes.BATCH * width, x.dtype)
         offsets = np.empty(width, np.int64)
         other_offsets = np.empty(width, np.int64)
@@ -122,7 +124,20 @@ def _cross_entropy(tile_sums, make_scratch):
             for i in range(n):
                 shifts[i] = load_one(x, offsets[i] + max(targets[i], 0) * stride, like)
             tile_sums(
-                x, geometry, start, offsets, n, targets, near, shifts, weight, smoothed, rest, difference, stage, scratch
+                x,
+                geometry,
+                start,
+                offsets,
+                n,
+                targets,
+                near,
+                shifts,
+                weight,
+                smoothed,
+                rest,
+                difference,
+                stage,
+                scratch,
             )
             _finish_targets(
                 x, geometry, offsets, n, targets, shifts, rest, difference,
@@ -148,21 +163,21 @@ def _cross_entropy(tile_sums, make_scratch):
             )  # fmt: skip
         return collect(totals, states, counts)
 
-    return Kernel(kernel)
+    return Kernel(name, kernel)
 
 
-def _probabilities(tile_sums, make_scratch):
+def _probabilities(name, tile_sums):
     """Cross-entropy with class probabilities: -sum(w * y * log_softmax(x)), y smoothed to y * keep + spread.
 
-    Method: with M the maximum and L = log1p of the other terms' sum, the loss is L * sum(w y) + sum(w y (M - x)): nothing
-    cancels where weights and probabilities are not negative, so a small loss keeps its digits.
+    Method: with M the maximum and L = log1p of the other terms' sum, the loss is L * sum(w y) + sum(w y (M - x)):
+    nothing cancels where weights and probabilities are not negative, so a small loss keeps its digits.
     """
 
     @subroutine
     def work(counter, totals, x, y, weight, out, geometry, options, keep, spread):
         like = weight[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
-        scratch = make_scratch(width, weight)
+        scratch = planes.make_scratch(width, weight)
         stages = (np.zeros(planes.BATCH * width, x.dtype), np.zeros(planes.BATCH * width, y.dtype))
         offsets = np.empty(width, np.int64)
         y_offsets = np.empty(width, np.int64)
@@ -199,17 +214,17 @@ def _probabilities(tile_sums, make_scratch):
             work(counter, states[worker], x, y, weight, out, geometry, options, keep, spread)
         return collect(totals, states, np.zeros((n_workers, 2), np.int64))
 
-    return Kernel(kernel)
+    return Kernel(name, kernel)
 
 
-def _logsumexp(tile_sums, make_scratch):
+def _logsumexp(name, tile_sums):
     """Log-sum-exp: the maximum plus log1p of the other terms' sum."""
 
     @subroutine
     def work(counter, x, out, geometry):
         like = out[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
-        scratch = make_scratch(width, out)
+        scratch = planes.make_scratch(width, out)
         stage = np.zeros(planes.BATCH * width, x.dtype)
         offsets = np.empty(width, np.int64)
         largest = np.zeros(width, out.dtype)
@@ -238,12 +253,12 @@ def _logsumexp(tile_sums, make_scratch):
         for _ in prange(n_workers):
             work(counter, x, out, geometry)
 
-    return Kernel(kernel)
+    return Kernel(name, kernel)
 
 
-cross_entropy_rows = _cross_entropy(rows.target_tile, planes.make_scratch)
-cross_entropy_planes = _cross_entropy(planes.target_tile, planes.make_scratch)
-probabilities_rows = _probabilities(rows.max_shift_tile, planes.make_scratch)
-probabilities_planes = _probabilities(planes.max_shift_tile, planes.make_scratch)
-logsumexp_rows = _logsumexp(rows.max_shift_tile, planes.make_scratch)
-logsumexp_planes = _logsumexp(planes.max_shift_tile, planes.make_scratch)
+cross_entropy_rows = _cross_entropy("cross_entropy_rows", rows.target_tile)
+cross_entropy_planes = _cross_entropy("cross_entropy_planes", planes.target_tile)
+probabilities_rows = _probabilities("probabilities_rows", rows.max_shift_tile)
+probabilities_planes = _probabilities("probabilities_planes", planes.max_shift_tile)
+logsumexp_rows = _logsumexp("logsumexp_rows", rows.max_shift_tile)
+logsumexp_planes = _logsumexp("logsumexp_planes", planes.max_shift_tile)

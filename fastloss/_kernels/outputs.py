@@ -1,4 +1,4 @@
-"""The kernels of softmax and log_softmax: the statistics of a tile of rows, then its entries while it is in the cache."""
+"""The kernels of softmax and log_softmax: a tile's statistics, then its entries while they are in the cache."""
 
 import numpy as np
 from numba import prange
@@ -9,18 +9,18 @@ from fastloss._kernels._simd import next_task
 from fastloss._kernels.losses import log1p_all
 
 
-def _softmax(tile_sums, write_tile, make_scratch):
-    """softmax = exp(x - M) * (1 / S), or log_softmax = (x - M) - log1p(S - 1), M the maximum and S = sum(exp(x - M)).
+def _softmax(name, tile_sums, write_tile):
+    """Softmax exp(x - M) * (1 / S) or log_softmax (x - M) - log1p(S - 1), with M the maximum and S = sum(exp(x - M)).
 
-    Accuracy: softmax within 2 ulp where it is a normal number; log_softmax within 2 ulp (both of its terms are negative,
-    so nothing cancels). Memory passes: the tile is read twice more from the cache and written once.
+    Accuracy: softmax within 2 ulp where it is a normal number; log_softmax within 2 ulp (both of its terms are
+    negative, so nothing cancels). Memory passes: the tile is read twice more from the cache and written once.
     """
 
     @subroutine
     def work(counter, x, out, geometry, is_log):
         like = out[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
-        scratch = make_scratch(width, out)
+        scratch = planes.make_scratch(width, out)
         stage = np.zeros(planes.BATCH * width, x.dtype)
         out_stage = np.zeros(planes.BATCH * width, out.dtype)
         offsets = np.empty(width, np.int64)
@@ -54,8 +54,8 @@ def _softmax(tile_sums, write_tile, make_scratch):
         for _ in prange(n_workers):
             work(counter, x, out, geometry, is_log)
 
-    return Kernel(kernel)
+    return Kernel(name, kernel)
 
 
-softmax_rows = _softmax(rows.max_shift_tile, rows.write_tile, planes.make_scratch)
-softmax_planes = _softmax(planes.max_shift_tile, planes.write_tile, planes.make_scratch)
+softmax_rows = _softmax("softmax_rows", rows.max_shift_tile, rows.write_tile)
+softmax_planes = _softmax("softmax_planes", planes.max_shift_tile, planes.write_tile)

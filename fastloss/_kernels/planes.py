@@ -1,22 +1,23 @@
 """Cross-entropy and log-sum-exp of a tile of rows at a time: for a strided class axis (segmentation), and few classes.
 
 A vector holds one class of consecutive rows (pixels). Where these lie side by side in memory they are loaded from where
-they are; otherwise a batch of classes is copied into a stage in the first-level cache, transposed. The arithmetic and the
-order of addition are those of :mod:`fastloss._kernels.rows`, lane by lane, so the bits are the same.
+they are; otherwise a batch of classes is copied into a stage in the first-level cache, transposed. The arithmetic and
+the order of addition are those of :mod:`fastloss._kernels.rows`, lane by lane, so the bits are the same.
 
 Sums are kept by *slot*, inputs and results by row: where the rows do not fill the last vector, it is laid to end with
 them, so its slots repeat rows of the vector before (:func:`row_of`), and no load leaves the tile.
 """
 
 import numpy as np
-from fastloss._kernels._jit import inline, subroutine
 
 from fastloss._kernels import tiles
+from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
     fma,
     integer_like,
     lanes,
     load,
+    load_columns,
     scalar,
     splat,
     store,
@@ -27,7 +28,6 @@ from fastloss._kernels.rows import BLOCK, CHUNK, finite_shift, merge
 
 # Classes copied into the stage at a time: with float32, a cache line of each row.
 BATCH = 16
-
 
 
 @inline
@@ -42,10 +42,33 @@ def is_direct(geometry, array, start, n, n_lanes):
     return tiles.inner_stride(geometry, array) == 1 and n >= n_lanes and start % length + n <= length
 
 
+@inline
+def _fits(offsets, n, reach, size):
+    """Whether ``reach`` elements from each offset on lie within an array."""
+    largest = np.int64(0)
+    for i in range(n):
+        largest = max(largest, offsets[i])
+    return largest + reach <= size
+
+
 @subroutine
-def stage_classes(x, offsets, n, stride, low, high, width, stage):
+def stage_classes(x, offsets, n, stride, low, high, width, stage, like):
     """Copy the classes ``low .. high`` of the tile's rows into ``stage``, class by class."""
-    if stride == 1:
+    n_lanes = lanes(like)
+    if stride == 1 and n >= n_lanes and _fits(offsets, n, low + (high - low + 3) // 4 * 4, len(x)):
+        for slot in range(0, n, n_lanes):
+            row = row_of(slot, n, n_lanes)
+            for c in range(low, high, 4):
+                columns = load_columns(x, offsets, row, c, like)
+                at = (c - low) * width + row
+                store(stage, at, columns[0])
+                if c + 1 < high:
+                    store(stage, at + width, columns[1])
+                if c + 2 < high:
+                    store(stage, at + 2 * width, columns[2])
+                if c + 3 < high:
+                    store(stage, at + 3 * width, columns[3])
+    elif stride == 1:
         for i in range(n):
             offset = offsets[i] + low
             for c in range(high - low):
@@ -95,14 +118,14 @@ def _fold(sums, n_classes, n_slots, width, like):
 
 @inline
 def _add_block(totals, sums, n_slots):
-    """Add the folded sums of a block to the float64 totals of a chunk."""
+    """Add the folded sums of a block, or the totals of a chunk, to float64 totals."""
     for slot in range(n_slots):
         totals[slot] += np.float64(sums[slot])
 
 
 @subroutine
 def make_scratch(width, zeros):
-    """Per-thread memory of both tile functions, in the dtype of ``zeros``: lanes, values and float64 values per slot."""
+    """Per-thread memory of both tile functions, in the dtype of ``zeros``: lanes, values and float64 values."""
     n_lanes = lanes(zeros[0])
     return (
         np.empty(n_lanes * width, zeros.dtype),
@@ -111,6 +134,49 @@ def make_scratch(width, zeros):
         np.empty((4, width), zeros.dtype),
         np.empty((8, width), np.float64),
     )
+
+
+@subroutine
+def _to_rows(values, n, n_slots, like, results):
+    """Copy what is kept by slot to where it is kept by row."""
+    n_lanes = lanes(like)
+    for slot in range(0, n_slots, n_lanes):
+        row = row_of(slot, n, n_lanes)
+        for i in range(n_lanes):
+            results[row + i] = values[slot + i]
+
+
+@inline
+def _target_block(
+    x, offsets, n, low, high, n_classes, stride, direct, near, shifts, weight, smoothed, width, sums, differences, stage
+):
+    """The classes ``low .. high`` of :func:`target_tile`: their sums, folded, are left in the first lane."""
+    like = shifts[0]
+    n_lanes = lanes(like)
+    n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
+    zero, integer = splat(scalar(0.0, like)), integer_like(0, like)
+    if high - low < n_lanes <= n_classes:
+        _clear(sums, n_lanes, width, like)
+        _clear(differences, n_lanes, width, like)
+    for c in range(low, high):
+        if not direct and (c - low) % BATCH == 0:
+            stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stage, like)
+        source = x if direct else stage
+        at = offsets[0] + c * stride if direct else (c - low) % BATCH * width
+        lane = _lane_of(c, low, high, n_classes, n_lanes) * width
+        first = _is_first(c, low, high, n_classes, n_lanes)
+        this_class = splat(integer_like(c, like))
+        for slot in range(0, n_slots, n_lanes):
+            row = row_of(slot, n, n_lanes)
+            d = load(source, at + row, like) - load(shifts, row, like)
+            e = where(load(near, row, integer) == this_class, zero, exp(d))
+            store(sums, lane + slot, e if first else load(sums, lane + slot, like) + e)
+            if smoothed:
+                before = zero if first else load(differences, lane + slot, like)
+                store(differences, lane + slot, fma(splat(weight[c]), -d, before))
+    _fold(sums, n_classes, n_slots, width, like)
+    if smoothed:
+        _fold(differences, n_classes, n_slots, width, like)
 
 
 @inline
@@ -126,47 +192,30 @@ def target_tile(
     total, total_difference, chunk_total, chunk_difference = wide[0], wide[1], wide[2], wide[3]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
-    zero, integer = splat(scalar(0.0, like)), integer_like(0, like)
     total[:n_slots] = 0.0
     total_difference[:n_slots] = 0.0
     for chunk in range(0, n_classes, CHUNK):
         chunk_total[:n_slots] = 0.0
         chunk_difference[:n_slots] = 0.0
         for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
-            high = min(low + BLOCK, n_classes)
-            if high - low < n_lanes <= n_classes:
-                _clear(sums, n_lanes, width, like)
-                _clear(differences, n_lanes, width, like)
-            for c in range(low, high):
-                if not direct and (c - low) % BATCH == 0:
-                    stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stage)
-                source = x if direct else stage
-                at = offsets[0] + c * stride if direct else (c - low) % BATCH * width
-                lane = _lane_of(c, low, high, n_classes, n_lanes) * width
-                first = _is_first(c, low, high, n_classes, n_lanes)
-                this_class = splat(integer_like(c, like))
-                for slot in range(0, n_slots, n_lanes):
-                    row = row_of(slot, n, n_lanes)
-                    d = load(source, at + row, like) - load(shifts, row, like)
-                    e = where(load(near, row, integer) == this_class, zero, exp(d))
-                    store(sums, lane + slot, e if first else load(sums, lane + slot, like) + e)
-                    if smoothed:
-                        w = splat(weight[c])
-                        before = zero if first else load(differences, lane + slot, like)
-                        store(differences, lane + slot, fma(w, -d, before))
-            _fold(sums, n_classes, n_slots, width, like)
-            _add_block(chunk_total, sums, n_slots)
-            if smoothed:
-                _fold(differences, n_classes, n_slots, width, like)
-                _add_block(chunk_difference, differences, n_slots)
-        for slot in range(n_slots):
-            total[slot] += chunk_total[slot]
-            total_difference[slot] += chunk_difference[slot]
-    for slot in range(0, n_slots, n_lanes):
-        row = row_of(slot, n, n_lanes)
-        for i in range(n_lanes):
-            rest[row + i] = total[slot + i]
-            difference[row + i] = total_difference[slot + i]
+            _target_block(
+                x, offsets, n, low, min(low + BLOCK, n_classes), n_classes, stride, direct,
+                near, shifts, weight, smoothed, width, sums, differences, stage,
+            )  # fmt: skip
+            if n_classes > BLOCK:
+                _add_block(chunk_total, sums, n_slots)
+                if smoothed:
+                    _add_block(chunk_difference, differences, n_slots)
+        if n_classes > BLOCK:
+            _add_block(total, chunk_total, n_slots)
+            _add_block(total_difference, chunk_difference, n_slots)
+    if n_classes > BLOCK:
+        _to_rows(total, n, n_slots, like, rest)
+        _to_rows(total_difference, n, n_slots, like, difference)
+    else:
+        _to_rows(sums, n, n_slots, like, rest)
+        if smoothed:
+            _to_rows(differences, n, n_slots, like, difference)
 
 
 @inline
@@ -210,7 +259,7 @@ def max_shift_tile(
                 store(ties, slot, zero)
             for c in range(low, high):
                 if not direct and (c - low) % BATCH == 0:
-                    stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stages[0])
+                    stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stages[0], like)
                 source = x if direct else stages[0]
                 at = offsets[0] + c * stride if direct else (c - low) % BATCH * width
                 for slot in range(0, n_slots, n_lanes):
@@ -235,10 +284,10 @@ def max_shift_tile(
             for c in range(low, high):
                 if (c - low) % BATCH == 0:
                     if not direct:
-                        stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stages[0])
-                    if y is not None:
+                        stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stages[0], like)
+                    if y is not None:  # noqa: SIM102 - Numba drops this branch at compile time only as it stands
                         if not y_direct:
-                            stage_classes(y, y_offsets, n, y_stride, c, min(c + BATCH, high), width, stages[1])
+                            stage_classes(y, y_offsets, n, y_stride, c, min(c + BATCH, high), width, stages[1], like)
                 source = x if direct else stages[0]
                 staged = (c - low) % BATCH * width
                 at = offsets[0] + c * stride if direct else staged
@@ -284,9 +333,7 @@ def max_shift_tile(
 
 
 @inline
-def write_tile(
-    x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, stage, out_stage
-):
+def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, stage, out_stage):
     """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
     like = shifts[0]
     n_lanes = lanes(like)
@@ -299,7 +346,7 @@ def write_tile(
     for low in range(0, n_classes, BATCH):
         high = min(low + BATCH, n_classes)
         if not direct:
-            stage_classes(x, offsets, n, stride, low, high, width, stage)
+            stage_classes(x, offsets, n, stride, low, high, width, stage, like)
         for c in range(low, high):
             source = x if direct else stage
             at = offsets[0] + c * stride if direct else (c - low) * width

@@ -5,7 +5,7 @@ from numba import prange
 
 from fastloss._kernels import planes, tiles
 from fastloss._kernels._jit import Kernel, inline, subroutine
-from fastloss._kernels._simd import fma, lanes, load, next_task, splat, store, where
+from fastloss._kernels._simd import first_lane, fma, lanes, load, next_task, scalar, splat, store, where
 from fastloss._kernels._vecmath import exp, log
 from fastloss._kernels.losses import collect
 from fastloss._kernels.sums import STATE_SIZE, add_block
@@ -20,8 +20,13 @@ def _divergence(x, y):
 
 @inline
 def _log_divergence(x, y):
-    """exp(y) * (y - x): the difference is exact where it matters, so the data's own precision does."""
-    return exp(y) * (y - x)
+    """exp(y) * (y - x): the difference is exact where it matters, so the data's own precision does.
+
+    exp(y) is taken as exp(y / 2)**2, which overflows to inf where y does (exp alone gives NaN there) and reaches the
+    subnormal numbers.
+    """
+    root = exp(y * splat(scalar(0.5, first_lane(y))))
+    return root * root * (y - x)
 
 
 @inline
@@ -75,4 +80,4 @@ def _kl(n_workers, totals, x, y, out, geometry, options, log_target):
     return collect(totals, states, np.zeros((n_workers, 2), np.int64))
 
 
-kl = Kernel(_kl)
+kl = Kernel("kl", _kl)

@@ -1,19 +1,19 @@
 """Cross-entropy and log-sum-exp of one row of classes at a time: for a contiguous class axis.
 
-Order of addition, the same in :mod:`fastloss._kernels.planes`, so that a row has the same bits in every layout: within a
-block of :data:`BLOCK` classes, class c is added to lane c modulo the number of lanes (the last classes of the row, where
-they do not fill a vector, to the last lanes; see :func:`_tail`), in the compute type. The lanes are folded by halves. The
-block sums are added in float64 within a chunk of :data:`CHUNK` classes, and the chunk sums in float64; a chunk is the
-piece of a long row that a thread takes.
+Order of addition, the same in :mod:`fastloss._kernels.planes`, so that a row has the same bits in every layout: within
+a block of :data:`BLOCK` classes, class c is added to lane c modulo the number of lanes (the last classes of the row,
+where they do not fill a vector, to the last lanes; see :func:`_tail`), in the compute type. The lanes are folded by
+halves. The block sums are added in float64 within a chunk of :data:`CHUNK` classes, and the chunk sums in float64; a
+chunk is the piece of a long row that a thread takes.
 
 Accuracy: a lane adds at most 16 float32 terms, so that a row's sum is within about 1e-6 of the exact one in the worst
 case and 1e-7 in practice, for any number of classes.
 """
 
 import numpy as np
-from fastloss._kernels._jit import inline, subroutine
 
 from fastloss._kernels import tiles
+from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
     first_lane,
     fma,
@@ -32,7 +32,6 @@ from fastloss._kernels._vecmath import exp
 
 BLOCK = 256
 CHUNK = 8192
-
 
 
 # ------------------------------------------------------------------------------------------- shift by the target
@@ -58,7 +57,7 @@ def _near(distance):
 
 @inline
 def _target_block(x, origin, low, high, n_classes, target, shift, weight, smoothed):
-    """Sum exp(x[c] - shift) over the classes ``low .. high`` but the target, and weight[c] * (shift - x[c]) over all."""
+    """Sum exp(x - shift) over the classes ``low .. high`` but the target, and weight * (shift - x) over all."""
     like = weight[0]
     n_lanes = lanes(like)
     zero, shifts = splat(scalar(0.0, like)), splat(shift)
@@ -81,7 +80,7 @@ def _target_block(x, origin, low, high, n_classes, target, shift, weight, smooth
         total = total + where(valid & (distance != at_target), exp(d), zero)
         if smoothed:
             difference = where(valid, fma(load(weight, begin, like), -d, difference), difference)
-    return tree_sum(total), tree_sum(difference)
+    return tree_sum(total), tree_sum(difference) if smoothed else scalar(0.0, like)
 
 
 @inline
@@ -126,7 +125,7 @@ def _max_block(x, origin, low, high, n_classes, like):
         v = load(x, c - origin, like)
         largest = where(v > largest, v, largest)
     if end < high:
-        begin, first, last = tail(low, high, n_classes, n_lanes)
+        begin, _, last = tail(low, high, n_classes, n_lanes)
         v = load(x, begin - origin, like)
         v = where(iota(like) < splat(integer_like(last, like)), v, lowest)
         largest = where(v > largest, v, largest)
@@ -135,7 +134,7 @@ def _max_block(x, origin, low, high, n_classes, like):
 
 @inline
 def class_mass(y, index, weight, c, keep, spread, like):
-    """weight * (y * keep + spread) for the classes from c on; without ``y``, the weights alone."""
+    """Weight * (y * keep + spread) for the classes from c on; without ``y``, the weights alone."""
     if y is None:
         return load(weight, c, like)
     return load(weight, c, like) * fma(load(y, index, like), splat(keep), splat(spread))
@@ -300,9 +299,7 @@ def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale,
 
 
 @inline
-def write_tile(
-    x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, stage, out_stage
-):
+def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, stage, out_stage):
     """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
     like = shifts[0]
     n_lanes = lanes(like)

@@ -4,19 +4,19 @@ Why exact: the result then cannot depend on the order of addition, so ``sum`` an
 number of threads, any tiling and any way of cutting the rows into pieces, without fixing an order for all of them.
 
 The state of a sum is one row of :data:`STATE_SIZE` int64: a fixed-point number of :data:`N_LIMBS` digits in base 2**32,
-lowest first, the lowest digit counting 2**:data:`LOWEST_BIT`, wide enough for every float64; then how many NaN, +inf and
--inf were added. This is the long accumulator of Kulisch (Computer Arithmetic and Validity, 2008). Digits may be negative
-or exceed 2**32 for a while (an int64 has room for 2**30 additions) until :func:`_carry`.
+lowest first, the lowest digit counting 2**:data:`LOWEST_BIT`, wide enough for every float64; then how many NaN, +inf
+and -inf were added. This is the long accumulator of Kulisch (Computer Arithmetic and Validity, 2008). Digits may be
+negative or exceed 2**32 for a while (an int64 has room for 2**30 additions) until :func:`_carry`.
 
-Adding one number to the accumulator takes some 5 ns; a block of them costs under 1 ns each by the pre-rounding method of
-Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64, 2015), see :func:`add_block`.
+Adding one number to the accumulator takes some 5 ns; a block of them costs under 1 ns each by the pre-rounding method
+of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64, 2015), see :func:`add_block`.
 """
 
 import math
 
 import numpy as np
-from fastloss._kernels._jit import inline, subroutine
 
+from fastloss._kernels._jit import subroutine
 from fastloss._kernels._simd import (
     any_lane,
     from_bits,
@@ -90,11 +90,11 @@ def add_state(state, other):
 def add_block(state, values, n):
     """Add ``values[:n]`` exactly; ``values`` is scratch with room for one vector more, which is overwritten.
 
-    Method: with M = 1.5 * 2**(52 + g), t = v + M holds v rounded to a multiple of 2**g in its low bits, so that the bits
-    of t, added as integers, sum those multiples without error; the remainder r = v - (t - M) is exact and goes through
-    a second, 2**51 times finer grid. The first grid is laid so that the block's largest value just fits. Where a value
-    reaches below the second grid (2**-101 of the largest), or a value is not finite, or the exponents come near the ends
-    of float64, the block is added number by number.
+    Method: with M = 1.5 * 2**(52 + g), t = v + M holds v rounded to a multiple of 2**g in its low bits, so that the
+    bits of t, added as integers, sum those multiples without error; the remainder r = v - (t - M) is exact and goes
+    through a second, 2**51 times finer grid. The first grid is laid so that the block's largest value just fits. Where
+    a value reaches below the second grid (2**-101 of the largest), or a value is not finite, or the exponents come near
+    the ends of float64, the block is added number by number.
     """
     like = 0.0
     zero = splat(0.0)

@@ -10,8 +10,8 @@ lies, its class stride, and its strides along the axes, counted in elements (in 
 """
 
 import numpy as np
-from fastloss._kernels._jit import inline, subroutine
 
+from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import load_integer
 
 N_ROWS, N_CLASSES, TILE_ROWS, N_TILES, RUN, N_AXES = range(6)
@@ -26,7 +26,7 @@ IGNORED, OUT_OF_RANGE = -1, -2
 # Options of the index-target kernels, int64.
 TARGET_KIND, HAS_IGNORE, IGNORE_INDEX, IS_WEIGHTED, IS_SMOOTHED, WANTS_ROWS, WANTS_SUM = range(7)
 
-# The arrays of a geometry. (NumPy integers: a Python constant would be a type of its own to Numba, compiled again each.)
+# The arrays of a geometry. (NumPy integers: Numba would take each Python constant for a type of its own.)
 INPUT, TARGET, OUT = np.int64(0), np.int64(1), np.int64(2)
 SECOND = TARGET  # where there is no target, the result
 
@@ -36,7 +36,6 @@ KEPT, BAD = range(2)
 # The integer types of index targets; bool is read as uint8, and uint64 as int64 (from 2**63 on it is negative there, so
 # out of range).
 TARGET_KINDS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-
 
 
 @inline

@@ -72,17 +72,18 @@ def _read(name: str, members: Sequence[str], beside_logits: bool = False) -> Arr
             raise CommandError(f"{path}: not a regular file")
         with path.open("rb") as file:
             magic = file.read(6)
-        if not magic:
-            raise CommandError(f"{path}: the file is empty")
-        if magic == b"\x93NUMPY":
-            if beside_logits:
-                raise CommandError(f"{path}: {_NO_TARGETS}")
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        elif magic.startswith(b"PK"):
-            with np.load(path, allow_pickle=False) as archive:
-                array = archive[_choose_member(path, archive.files, member, members, beside_logits)]
-        else:
-            raise CommandError(f"{path}: neither a .npy nor a .npz file")
+            if not magic:
+                raise CommandError(f"{path}: the file is empty")
+            if magic == b"\x93NUMPY":
+                if beside_logits:
+                    raise CommandError(f"{path}: {_NO_TARGETS}")
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            elif magic.startswith(b"PK"):
+                file.seek(0)
+                with np.load(file, allow_pickle=False) as archive:
+                    array = archive[_choose_member(path, archive.files, member, members, beside_logits)]
+            else:
+                raise CommandError(f"{path}: neither a .npy nor a .npz file")
     except CommandError:
         raise
     except OSError as error:
@@ -223,7 +224,7 @@ class ExactSum:
         try:
             return self._units / (1 << self._UNIT)
         except OverflowError:
-            return math.copysign(math.inf, self._units)
+            return math.inf if self._units > 0 else -math.inf
 
 
 class ScoredRow(NamedTuple):

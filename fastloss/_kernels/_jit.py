@@ -8,6 +8,7 @@ before the caller, into which LLVM has inlined it, is compiled. For the helpers 
 from numba import config, njit
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
+from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering
 
 from fastloss._cache import DiskCache
@@ -19,11 +20,24 @@ __all__ = ["Kernel", "inline", "subroutine"]
 _OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
 
 
+class _HelperLower(Lower):
+    """Keep a subroutine out of line: LLVM would inline one that is called once, and take longer."""
+
+    def setup_function(self, fndesc):
+        super().setup_function(fndesc)
+        if not fndesc.inline:
+            self.function.attributes.add("noinline")
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _HelperLowering(NativeLowering):
     """Lower a function for inlining by its callers, without compiling it by itself."""
 
     _name = "fastloss_helper_lowering"
+
+    @property
+    def lowering_class(self):
+        return _HelperLower
 
     def run_pass(self, state):
         state.flags.no_compile = True
@@ -32,9 +46,6 @@ class _HelperLowering(NativeLowering):
         stand_in = {}.popitem
         state.targetctx.insert_user_function(stand_in, state["cr"].fndesc, [state.library])
         state["cr"] = state["cr"]._replace(cfunc=stand_in)
-        if not state.flags.forceinline:
-            name = state["cr"].fndesc.llvm_func_name
-            state.library._final_module.get_function(name).add_function_attribute("noinline")
         return True
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fastloss._validation import check_reduction
+from fastloss._validation import Array, check_reduction
 
 REDUCTIONS = ("none", "mean", "sum")
 KL_REDUCTIONS = ("none", "batchmean", "mean", "sum")
@@ -35,3 +35,23 @@ def divide(total: float, denominator: float) -> float:
     """IEEE division of two Python floats: 0 / 0 is NaN and x / 0 an infinity, without a warning."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.float64(total) / np.float64(denominator))
+
+
+class ExactSum:
+    """The sum of floating-point numbers, rounded once, whatever the pieces in which they come.
+
+    It is the sum that the losses' own reductions take; see :mod:`fastloss._kernels.sums`.
+    """
+
+    def __init__(self) -> None:
+        self._state: Array | None = None
+        self.total = 0.0
+
+    def add(self, values: Array) -> None:
+        """Add an array of float32 or float64."""
+        from fastloss._kernels import sums
+
+        if self._state is None:
+            self._state = np.zeros(sums.STATE_SIZE, np.int64)
+        if values.size:
+            self.total = sums.add_values.serial(1, self._state, np.array(values).reshape(-1))

@@ -185,48 +185,6 @@ class Problem:
         )
 
 
-class ExactSum:
-    """The sum of floating-point numbers, rounded once, whatever the pieces in which they come.
-
-    The finite part is an integer that counts units of 2**-1126: the last of the 53 bits of the smallest float64.
-    """
-
-    _UNIT = 1126
-    # Fewer than 2**26 numbers of 27 bits add up exactly in float64.
-    _PIECE = 1 << 20
-
-    def __init__(self) -> None:
-        self._units = 0
-        self._special = 0.0
-
-    def add(self, values: Array) -> None:
-        for begin in range(0, values.size, self._PIECE):
-            piece = values[begin : begin + self._PIECE].astype(np.float64)
-            finite = np.isfinite(piece)
-            if not finite.all():
-                for special in set(piece[~finite].tolist()):
-                    self._special += special
-                piece = piece[finite]
-            fraction, exponent = np.frexp(piece)
-            scaled = fraction * 2.0**27
-            high = np.trunc(scaled)
-            low = (scaled - high) * 2.0**26
-            # The digits of equal exponents are added as floats without rounding, the sums as integers.
-            for digits, shift in ((high, 26), (low, 0)):
-                sums = np.bincount(exponent + (self._UNIT - 53), digits)
-                for place in np.flatnonzero(sums).tolist():
-                    self._units += int(sums[place]) << (place + shift)
-
-    def total(self) -> float:
-        """The sum so far as the nearest float64."""
-        if self._special:  # NaN is true
-            return self._special
-        try:
-            return self._units / (1 << self._UNIT)
-        except OverflowError:
-            return math.inf if self._units > 0 else -math.inf
-
-
 class ScoredRow(NamedTuple):
     """One row among the worst; its class indices are the target's and the prediction's."""
 
@@ -249,8 +207,8 @@ class Scores:
     n_kept: int = 0
     n_correct: int = 0
     worst: list[ScoredRow] = field(default_factory=list)
-    _losses: ExactSum = field(default_factory=ExactSum)
-    _weights: ExactSum = field(default_factory=ExactSum)
+    _losses: _reduction.ExactSum = field(default_factory=_reduction.ExactSum)
+    _weights: _reduction.ExactSum = field(default_factory=_reduction.ExactSum)
 
     def add(self, begin: int, logits: Array, targets: Array, losses: Array) -> None:
         """Take in the rows of a chunk; `begin` counts the rows of the chunks before."""
@@ -284,10 +242,10 @@ class Scores:
     def reduced(self, reduction: str) -> Any:
         """The sum or the mean: the scalar that the loss gives for the whole."""
         problem = self.problem
-        total = self._losses.total()
+        total = self._losses.total
         if reduction == "mean":
             weighted = problem.weight is not None and not problem.has_probabilities
-            denominator = self._weights.total() if weighted else float(self.n_kept)
+            denominator = self._weights.total if weighted else float(self.n_kept)
             if problem.label_smoothing and self.n_kept and denominator == 0:
                 # The terms of the loss are divided one by one then, and only their sum is known here.
                 return problem.loss(problem.logits, problem.targets, "mean")

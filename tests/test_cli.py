@@ -7,14 +7,12 @@ seconds of a start. Expected values are a float64 NumPy formula, or those of the
 import importlib.util
 import io
 import json
-import math
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import zipfile
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -336,36 +334,6 @@ def test_weights_that_sum_to_nothing(files, report, weight):
     found = report("logits.npy", "t.npy", "--weight", "w.npy", "--label-smoothing", "0.5")["loss"]
     whole = fastloss.cross_entropy(np.load("logits.npy"), np.arange(200) % 2, weight, label_smoothing=0.5)
     np.testing.assert_equal(float(found), float(whole))
-
-
-def test_exact_sum(rng):
-    values = np.concatenate([rng.normal(size=300) * 10.0 ** rng.integers(-300, 300, 300), [5e-324, 1e308, -1e308, 0.0]])
-    accumulator = cli.ExactSum()
-    for piece in np.array_split(np.concatenate([values, [2.0**-30], -values]), 7):
-        accumulator.add(piece)
-    assert accumulator.total() == 2.0**-30
-    for piece in (values, values[np.abs(values) < 1e38].astype(np.float32)):
-        accumulator = cli.ExactSum()
-        accumulator.add(piece)
-        assert accumulator.total() == float(sum(map(Fraction, piece.tolist())))
-
-
-@pytest.mark.parametrize(
-    ("values", "total"),
-    [
-        ([], 0.0),
-        ([1.0, math.inf], math.inf),
-        ([-math.inf], -math.inf),
-        ([math.inf, -math.inf], math.nan),
-        ([math.nan, math.inf], math.nan),
-        ([1.7e308, 1.7e308], math.inf),
-        ([-1.7e308, -1.7e308], -math.inf),
-    ],
-)
-def test_exact_sum_of_special_values(values, total):
-    accumulator = cli.ExactSum()
-    accumulator.add(np.array(values))
-    np.testing.assert_equal(accumulator.total(), total)
 
 
 def test_memory_stays_small(files, rng, monkeypatch, report):

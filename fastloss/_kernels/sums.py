@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from fastloss._kernels._jit import subroutine
+from fastloss._kernels._jit import Kernel, subroutine
 from fastloss._kernels._simd import (
     any_lane,
     from_bits,
@@ -178,3 +178,18 @@ def rounded(state):
         _carry(state)
         kept = -kept
     return math.ldexp(np.float64(kept), exponent + LOWEST_BIT)
+
+
+def _add_values(n_workers, state, values):
+    """Add a one-dimensional array; returns the sum so far, rounded."""
+    scratch = np.empty(MAX_BLOCK + 8, values.dtype)
+    for begin in range(0, len(values), MAX_BLOCK):
+        n = min(MAX_BLOCK, len(values) - begin)
+        for i in range(n):
+            scratch[i] = values[begin + i]
+        add_block(state, scratch, n)
+        _carry(state)
+    return rounded(state)
+
+
+add_values = Kernel("add_values", _add_values)

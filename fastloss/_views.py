@@ -90,9 +90,10 @@ def flatten(array: Array, dtype: np.dtype[Any]) -> tuple[Array, int]:
     return np.asarray(memory), -low // dtype.itemsize
 
 
-def tile_rows(n_classes: int, in_rows: bool) -> int:
-    """Rows per tile: few enough that a tile of contiguous rows stays in the second-level cache."""
-    return max(1, min(TILE, _TILE_BYTES // (4 * n_classes))) if in_rows else TILE
+def tile_rows(n_rows: int, n_classes: int, in_rows: bool) -> int:
+    """Rows per tile: no more than there are, and few enough for contiguous rows to stay in the second-level cache."""
+    most = min(TILE, -(-n_rows // 16) * 16)
+    return max(1, min(most, _TILE_BYTES // (4 * n_classes))) if in_rows else most
 
 
 @functools.lru_cache(maxsize=512)

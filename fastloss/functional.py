@@ -532,7 +532,7 @@ def _index_loss(
             x, rows = operands[0].array, operands[1].array.shape
             n_rows = math.prod(rows)
             in_rows = _is_in_rows(x, axis, n_rows)
-            tile = _views.TILE if is_nll else _views.tile_rows(n_classes, in_rows)
+            tile = _views.tile_rows(n_rows, n_classes, in_rows and not is_nll)
             (flat, labels, result), table = _views.lay_out(rows, n_classes, tile, operands)
             arguments = (totals, flat, labels, weight, result, table, options)
             if is_nll:
@@ -586,8 +586,9 @@ def _probability_loss(
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
             x = operands[0].array
             rows = _validation.row_shape(x.shape, axis)
-            in_rows = _is_in_rows(x, axis, math.prod(rows))
-            tile = _views.tile_rows(n_classes, in_rows)
+            n_rows = math.prod(rows)
+            in_rows = _is_in_rows(x, axis, n_rows)
+            tile = _views.tile_rows(n_rows, n_classes, in_rows)
             (flat, y, result), table = _views.lay_out(rows, n_classes, tile, operands)
             kernel = losses.probabilities_rows if in_rows else losses.probabilities_planes
             total, _, _, _ = _runtime.run(
@@ -649,8 +650,9 @@ def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Ar
     inputs = (_views.Operand(classes_last, len(shape)),)
     for operands in _views.readable_pieces(inputs, _views.Operand(out), _views.compute_dtype(values.dtype)):
         x = operands[0].array
-        in_rows = _is_in_rows(x, len(shape), x.size // n_classes)
-        tile = _views.tile_rows(n_classes, in_rows)
+        n_rows = x.size // n_classes
+        in_rows = _is_in_rows(x, len(shape), n_rows)
+        tile = _views.tile_rows(n_rows, n_classes, in_rows)
         (flat, result), table = _views.lay_out(x.shape[:-1], n_classes, tile, operands)
         kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes
         _runtime.run(kernel, x.size, table, flat, result, table)
@@ -673,8 +675,9 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
         for operands in _views.readable_pieces(inputs, _views.Operand(result, axis), dtype):
             x = operands[0].array
             rows = _validation.row_shape(x.shape, axis)
-            in_rows = _is_in_rows(x, axis, math.prod(rows))
-            tile = _views.tile_rows(n_classes, in_rows)
+            n_rows = math.prod(rows)
+            in_rows = _is_in_rows(x, axis, n_rows)
+            tile = _views.tile_rows(n_rows, n_classes, in_rows)
             (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, operands)
             kernel = outputs.softmax_rows if in_rows else outputs.softmax_planes
             _runtime.run(kernel, x.size, table, flat, flat_out, table, is_log)

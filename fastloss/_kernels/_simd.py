@@ -402,15 +402,18 @@ def integer_like(typingctx, value, like):
 
 @intrinsic
 def store(typingctx, array, index, value):
-    """Write a vector to the 1-D contiguous ``array`` from ``index`` on; float64 lanes round to a float32 array."""
-    narrows = array.dtype == types.float32 and value.dtype == types.float64
-    if array.dtype != value.dtype and not narrows:
+    """Write a vector to the 1-D contiguous ``array`` from ``index`` on, as its float type if that differs."""
+    both_float = isinstance(array.dtype, types.Float) and value.is_float
+    if array.dtype != value.dtype and not both_float:
         raise TypeError(f"a vector of {value.dtype} does not go into an array of {array.dtype}")
 
     def codegen(context, builder, sig, args):
         pointer = _element_pointer(context, builder, array, args[0], args[1], value.count)
-        lanes_ = builder.fptrunc(args[2], ir.VectorType(ir.FloatType(), value.count)) if narrows else args[2]
-        builder.store(lanes_, pointer, align=array.dtype.bitwidth // 8)
+        stored = args[2]
+        if array.dtype != value.dtype:
+            convert = builder.fptrunc if array.dtype == types.float32 else builder.fpext
+            stored = convert(stored, ir.VectorType(_scalar_ir(array.dtype), value.count))
+        builder.store(stored, pointer, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, value), codegen

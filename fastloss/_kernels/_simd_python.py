@@ -96,7 +96,7 @@ def integer_like(value, like):
 def store(array, index, value):
     if not 0 <= index <= len(array) - len(value):
         raise IndexError("vector outside its array")
-    if array.dtype != value.dtype and (array.dtype, value.dtype) != (np.float32, np.float64):
+    if array.dtype != value.dtype and (array.dtype.kind, value.dtype.kind) != ("f", "f"):
         raise TypeError(f"a vector of {value.dtype} does not go into an array of {array.dtype}")
     array[index : index + len(value)] = value
 

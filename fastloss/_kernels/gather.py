@@ -18,7 +18,7 @@ def _work(counter, totals, counts, x, target, weight, out, geometry, options):
     offsets = np.empty(width, np.int64)
     targets = np.empty(width, np.int64)
     near = np.empty(width, np.int32)
-    loss = np.zeros(width, weight.dtype)
+    loss = tiles.aligned(width, weight)
     while True:
         tile = next_task(counter)
         if tile >= geometry[tiles.N_TILES]:

@@ -103,15 +103,15 @@ def _cross_entropy(name, tile_sums):
         n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
         scratch = planes.make_scratch(width, weight)
-        stage = np.zeros(planes.BATCH * width, x.dtype)
+        stage = tiles.aligned(planes.BATCH * width, x)
         offsets = np.empty(width, np.int64)
         other_offsets = np.empty(width, np.int64)
         targets = np.empty(width, np.int64)
-        near = np.zeros(width, np.int32)
-        shifts = np.zeros(width, weight.dtype)
-        loss = np.zeros(width, weight.dtype)
-        rest = np.zeros(width, np.float64)
-        difference = np.zeros(width, np.float64)
+        near = np.empty(width, np.int32)
+        shifts = tiles.aligned(width, weight)
+        loss = tiles.aligned(width, weight)
+        rest = np.empty(width, np.float64)
+        difference = np.empty(width, np.float64)
         smoothed = options[tiles.IS_SMOOTHED] != 0
         while True:
             tile = next_task(counter)
@@ -178,12 +178,12 @@ def _probabilities(name, tile_sums):
         like = weight[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
         scratch = planes.make_scratch(width, weight)
-        stages = (np.zeros(planes.BATCH * width, x.dtype), np.zeros(planes.BATCH * width, y.dtype))
+        stages = (tiles.aligned(planes.BATCH * width, x), tiles.aligned(planes.BATCH * width, y))
         offsets = np.empty(width, np.int64)
         y_offsets = np.empty(width, np.int64)
-        largest = np.zeros(width, weight.dtype)
-        loss = np.zeros(width, weight.dtype)
-        rest = np.zeros(width, np.float64)
+        largest = tiles.aligned(width, weight)
+        loss = tiles.aligned(width, weight)
+        rest = np.empty(width, np.float64)
         moment = np.zeros(width, np.float64)
         mass = np.zeros(width, np.float64)
         while True:
@@ -225,11 +225,11 @@ def _logsumexp(name, tile_sums):
         like = out[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
         scratch = planes.make_scratch(width, out)
-        stage = np.zeros(planes.BATCH * width, x.dtype)
+        stage = tiles.aligned(planes.BATCH * width, x)
         offsets = np.empty(width, np.int64)
-        largest = np.zeros(width, out.dtype)
-        result = np.zeros(width, out.dtype)
-        rest = np.zeros(width, np.float64)
+        largest = tiles.aligned(width, out)
+        result = tiles.aligned(width, out)
+        rest = np.empty(width, np.float64)
         unused = np.zeros(width, np.float64)
         while True:
             tile = next_task(counter)

@@ -21,12 +21,12 @@ def _softmax(name, tile_sums, write_tile):
         like = out[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
         scratch = planes.make_scratch(width, out)
-        stage = np.zeros(planes.BATCH * width, x.dtype)
-        out_stage = np.zeros(planes.BATCH * width, out.dtype)
+        stage = tiles.aligned(planes.BATCH * width, x)
+        out_stage = tiles.aligned(planes.BATCH * width, out)
         offsets = np.empty(width, np.int64)
         out_offsets = np.empty(width, np.int64)
-        largest = np.zeros(width, out.dtype)
-        scales = np.zeros(width, out.dtype)
+        largest = tiles.aligned(width, out)
+        scales = tiles.aligned(width, out)
         rest = np.zeros(width, np.float64)
         unused = np.zeros(width, np.float64)
         while True:

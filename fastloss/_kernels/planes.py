@@ -124,14 +124,14 @@ def _add_block(totals, sums, n_slots):
 
 
 @subroutine
-def make_scratch(width, zeros):
-    """Per-thread memory of both tile functions, in the dtype of ``zeros``: lanes, values and float64 values."""
-    n_lanes = lanes(zeros[0])
+def make_scratch(width, like):
+    """Per-thread memory of both tile functions, in the dtype of ``like``: lanes, values and float64 values."""
+    n_lanes = lanes(like[0])
     return (
-        np.empty(n_lanes * width, zeros.dtype),
-        np.empty(n_lanes * width, zeros.dtype),
-        np.empty(n_lanes * width, zeros.dtype),
-        np.empty((4, width), zeros.dtype),
+        tiles.aligned(n_lanes * width, like),
+        tiles.aligned(n_lanes * width, like),
+        tiles.aligned(n_lanes * width, like),
+        np.empty((4, width), like.dtype),
         np.empty((8, width), np.float64),
     )
 
@@ -146,7 +146,7 @@ def _to_rows(values, n, n_slots, like, results):
             results[row + i] = values[slot + i]
 
 
-@inline
+@subroutine
 def _target_block(
     x, offsets, n, low, high, n_classes, stride, direct, near, shifts, weight, smoothed, width, sums, differences, stage
 ):
@@ -180,6 +180,47 @@ def _target_block(
 
 
 @inline
+def _few_classes_tile(
+    x, offsets, n, n_classes, stride, direct, near, shifts, weight, smoothed, width, rest, difference, sums, stage
+):
+    """The case of :func:`target_tile` where each class has a lane of its own: 16 rows at a time, summed in the cache."""
+    like = shifts[0]
+    n_lanes = lanes(like)
+    zero, integer = splat(scalar(0.0, like)), integer_like(0, like)
+    if not direct:
+        stage_classes(x, offsets, n, stride, 0, n_classes, width, stage, like)
+    source = x if direct else stage
+    step = stride if direct else width
+    for slot in range(0, n, n_lanes):
+        row = row_of(slot, n, n_lanes)
+        at = (offsets[0] if direct else 0) + row
+        shift, target = load(shifts, row, like), load(near, row, integer)
+        for c in range(n_classes):
+            d = load(source, at + c * step, like) - shift
+            e = where(target == splat(integer_like(c, like)), zero, exp(d))
+            store(sums, c * n_lanes, e)
+        store(rest, row, _fold_one(sums, n_classes, like))
+        if smoothed:
+            for c in range(n_classes):
+                d = load(source, at + c * step, like) - shift
+                store(sums, c * n_lanes, fma(splat(weight[c]), -d, zero))
+            store(difference, row, _fold_one(sums, n_classes, like))
+
+
+@inline
+def _fold_one(sums, n_classes, like):
+    """Fold the lanes of one vector of rows by halves."""
+    n_lanes = lanes(like)
+    used, half = n_classes, n_lanes // 2
+    while half >= 1:
+        for lane in range(used - half):
+            store(sums, lane * n_lanes, load(sums, lane * n_lanes, like) + load(sums, (lane + half) * n_lanes, like))
+        used = min(used, half)
+        half //= 2
+    return load(sums, 0, like)
+
+
+@inline
 def target_tile(
     x, geometry, start, offsets, n, targets, near, shifts, weight, smoothed, rest, difference, stage, scratch
 ):
@@ -192,6 +233,34 @@ def target_tile(
     total, total_difference, chunk_total, chunk_difference = wide[0], wide[1], wide[2], wide[3]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
+    if n_classes <= n_lanes:
+        _few_classes_tile(
+            x,
+            offsets,
+            n,
+            n_classes,
+            stride,
+            direct,
+            near,
+            shifts,
+            weight,
+            smoothed,
+            width,
+            rest,
+            difference,
+            sums,
+            stage,
+        )
+        return
+    if n_classes <= BLOCK:
+        _target_block(
+            x, offsets, n, 0, n_classes, n_classes, stride, direct,
+            near, shifts, weight, smoothed, width, sums, differences, stage,
+        )  # fmt: skip
+        _to_rows(sums, n, n_slots, like, rest)
+        if smoothed:
+            _to_rows(differences, n, n_slots, like, difference)
+        return
     total[:n_slots] = 0.0
     total_difference[:n_slots] = 0.0
     for chunk in range(0, n_classes, CHUNK):
@@ -202,20 +271,13 @@ def target_tile(
                 x, offsets, n, low, min(low + BLOCK, n_classes), n_classes, stride, direct,
                 near, shifts, weight, smoothed, width, sums, differences, stage,
             )  # fmt: skip
-            if n_classes > BLOCK:
-                _add_block(chunk_total, sums, n_slots)
-                if smoothed:
-                    _add_block(chunk_difference, differences, n_slots)
-        if n_classes > BLOCK:
-            _add_block(total, chunk_total, n_slots)
-            _add_block(total_difference, chunk_difference, n_slots)
-    if n_classes > BLOCK:
-        _to_rows(total, n, n_slots, like, rest)
-        _to_rows(total_difference, n, n_slots, like, difference)
-    else:
-        _to_rows(sums, n, n_slots, like, rest)
-        if smoothed:
-            _to_rows(differences, n, n_slots, like, difference)
+            _add_block(chunk_total, sums, n_slots)
+            if smoothed:
+                _add_block(chunk_difference, differences, n_slots)
+        _add_block(total, chunk_total, n_slots)
+        _add_block(total_difference, chunk_difference, n_slots)
+    _to_rows(total, n, n_slots, like, rest)
+    _to_rows(total_difference, n, n_slots, like, difference)
 
 
 @inline

@@ -44,8 +44,8 @@ def _work(counter, totals, x, y, out, geometry, options, log_target):
     like = out[0]
     width = geometry[tiles.TILE_ROWS] + tiles.PADDING
     offsets = np.empty(width, np.int64)
-    stage, y_stage = np.zeros(width, x.dtype), np.zeros(width, y.dtype)
-    values = np.zeros(width, out.dtype)
+    stage, y_stage = tiles.aligned(width, x), tiles.aligned(width, y)
+    values = tiles.aligned(width, out)
     while True:
         tile = next_task(counter)
         if tile >= geometry[tiles.N_TILES]:

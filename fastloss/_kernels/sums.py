@@ -28,8 +28,8 @@ from fastloss._kernels._simd import (
     where,
 )
 
-LOWEST_BIT = -1088
-N_LIMBS = 72
+LOWEST_BIT = -1152
+N_LIMBS = 74
 NANS, INFINITIES, MINUS_INFINITIES = N_LIMBS, N_LIMBS + 1, N_LIMBS + 2
 STATE_SIZE = N_LIMBS + 3
 

@@ -203,7 +203,10 @@ def readable_pieces(
             copies.append(
                 Operand(np.array(source[row_cut if axis is None else cut], native, order="C"), axis, is_index)
             )
-        piece = result.array[row_cut if result.class_axis is None else cut] if result.array.size else result.array
+        # (With the ellipsis, an index of a 0-d array gives a view too.)
+        piece = (
+            result.array[(*(row_cut if result.class_axis is None else cut), ...)] if result.array.size else result.array
+        )
         yield (*copies, Operand(piece, result.class_axis))
 
 

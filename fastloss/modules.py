@@ -63,7 +63,7 @@ class CrossEntropyLoss(_Module):
     >>> loss
     CrossEntropyLoss(weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.1)
     >>> print(loss([[2.0, 0.5], [0.1, 0.2]], [0, 1]).round(6))
-    0.462895
+    0.462905
     """
 
     def __init__(

@@ -166,6 +166,20 @@ def _cross_entropy(name, tile_sums):
     return Kernel(name, kernel)
 
 
+@subroutine
+def _special_loss(x, y, geometry, offset, y_offset, weight, keep, spread, largest, log_rest):
+    """The loss of a row that is not finite, term by term, so that it is the infinity or NaN that its terms make."""
+    if not np.isfinite(largest):
+        return np.nan
+    stride, y_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.TARGET)
+    total = 0.0
+    for c in range(geometry[tiles.N_CLASSES]):
+        logit = load_one(x, offset + c * stride, largest)
+        mass = np.float64(weight[c]) * (np.float64(load_one(y, y_offset + c * y_stride, largest)) * keep + spread)
+        total += mass * (np.float64(log_rest) + np.float64(largest - logit))
+    return total
+
+
 def _probabilities(name, tile_sums):
     """Cross-entropy with class probabilities: -sum(w * y * log_softmax(x)), y smoothed to y * keep + spread.
 
@@ -201,7 +215,12 @@ def _probabilities(name, tile_sums):
                 loss[i] = rest[i]
             log1p_all(loss, n)
             for i in range(n):
-                loss[i] = np.float64(loss[i]) * mass[i] + moment[i] if np.isfinite(largest[i]) else np.nan
+                value = np.float64(loss[i]) * mass[i] + moment[i]
+                if not np.isfinite(value):
+                    value = _special_loss(
+                        x, y, geometry, offsets[i], y_offsets[i], weight, keep, spread, largest[i], loss[i]
+                    )
+                loss[i] = value
             if options[tiles.WANTS_ROWS]:
                 put_rows(out, geometry, tiles.OUT, start, n, offsets, loss)
             if options[tiles.WANTS_SUM]:

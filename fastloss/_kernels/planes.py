@@ -183,7 +183,7 @@ def _target_block(
 def _few_classes_tile(
     x, offsets, n, n_classes, stride, direct, near, shifts, weight, smoothed, width, rest, difference, sums, stage
 ):
-    """The case of :func:`target_tile` where each class has a lane of its own: 16 rows at a time, summed in the cache."""
+    """The case of :func:`target_tile` where each class has its own lane: 16 rows at a time, summed in the cache."""
     like = shifts[0]
     n_lanes = lanes(like)
     zero, integer = splat(scalar(0.0, like)), integer_like(0, like)

@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--json]
 
-Each case runs in a process of its own, over inputs of some 200 MB that were touched before; the kernels and the threads
-were started by a small call of the same kind. Exits with 1 if a case takes more than its bound: 8 MiB, or, for softmax and
-log_softmax, its result and 8 MiB. Linux only: the peak is VmHWM of /proc/self/status, reset by /proc/self/clear_refs.
+Each case runs in a process of its own, over inputs of some 200 MB that were touched before; kernels and threads
+were started by a small call of the same kind. Exits with 1 if a case takes more than its bound: 8 MiB, or, for softmax
+and log_softmax, its result and 8 MiB. Linux only: the peak is VmHWM of /proc/self/status, reset through
+/proc/self/clear_refs.
 """
 
 import argparse

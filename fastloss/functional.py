@@ -463,14 +463,14 @@ def _unit_weights(n_classes: int, dtype: np.dtype[Any]) -> Array:
     return np.ones(n_classes + _PADDING, dtype)
 
 
-def _padded_weights(weights: Array | None, n_classes: int, dtype: np.dtype[Any]) -> tuple[Array, float]:
-    """The weights in the compute dtype, padded, and their sum."""
+def _padded_weights(weights: Array | None, n_classes: int, dtype: np.dtype[Any]) -> Array:
+    """The weights in the compute dtype, padded."""
     if weights is None:
-        return _unit_weights(n_classes, dtype), float(n_classes)
+        return _unit_weights(n_classes, dtype)
     padded = np.zeros(n_classes + _PADDING, dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         padded[:n_classes] = weights
-        return padded, float(padded.sum(dtype=np.float64))
+    return padded
 
 
 @functools.lru_cache(maxsize=64)
@@ -479,7 +479,7 @@ def _options(*values: int) -> Array:
     return np.array(values, np.int64)
 
 
-def _index_options(target: Array, ignore_index: int, weighted: bool, smoothed: bool, wants_rows: bool) -> Array:
+def _index_options(target: Array, ignore_index: int, weighted: bool, wants_rows: bool) -> Array:
     from fastloss._kernels.tiles import TARGET_KINDS
 
     dtype = np.dtype(np.uint8) if target.dtype == bool else target.dtype
@@ -488,7 +488,7 @@ def _index_options(target: Array, ignore_index: int, weighted: bool, smoothed: b
     has_ignore = low <= ignore_index <= high
     bits = (ignore_index + 2**63) % 2**64 - 2**63 if has_ignore else 0
     kind = TARGET_KINDS.index(f"{'u' if dtype.kind == 'u' else ''}int{8 * dtype.itemsize}")
-    return _options(kind, has_ignore, bits, weighted, smoothed, wants_rows, not wants_rows)
+    return _options(kind, has_ignore, bits, weighted, wants_rows, not wants_rows)
 
 
 def _new_totals() -> Array:
@@ -524,8 +524,8 @@ def _index_loss(
     out = np.empty(target.shape if wants_rows else 0, dtype)
     total, weight_sum, kept = 0.0, 0.0, 0
     if target.size:
-        weight, total_weight = _padded_weights(weights, n_classes, dtype)
-        options = _index_options(target, ignore_index, weights is not None, label_smoothing > 0, wants_rows)
+        weight = _padded_weights(weights, n_classes, dtype)
+        options = _index_options(target, ignore_index, weights is not None, wants_rows)
         totals = _new_totals()
         inputs = (_views.Operand(logits, axis), _views.Operand(target, is_index=True))
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
@@ -536,12 +536,14 @@ def _index_loss(
             (flat, labels, result), table = _views.lay_out(rows, n_classes, tile, operands)
             arguments = (totals, flat, labels, weight, result, table, options)
             if is_nll:
-                total, weight_sum, n_kept, bad = _runtime.run(gather.nll, _GATHER_COST * n_rows, table, *arguments)
+                found = _runtime.run(gather.nll, _GATHER_COST * n_rows, table, *arguments)
+            elif label_smoothing:
+                kernel = losses.smoothed_rows if in_rows else losses.smoothed_planes
+                found = _runtime.run(kernel, x.size, table, *arguments, label_smoothing)
             else:
                 kernel = losses.cross_entropy_rows if in_rows else losses.cross_entropy_planes
-                total, weight_sum, n_kept, bad = _runtime.run(
-                    kernel, x.size, table, *arguments, label_smoothing, total_weight
-                )
+                found = _runtime.run(kernel, x.size, table, *arguments)
+            total, weight_sum, n_kept, bad = found
             if bad:
                 _validation.target_out_of_range(target, n_classes, ignore_index)
             kept += n_kept
@@ -578,9 +580,9 @@ def _probability_loss(
     out = np.empty(shape if wants_rows else 0, dtype)
     total = 0.0
     if logits.size:
-        weight, _ = _padded_weights(weights, n_classes, dtype)
+        weight = _padded_weights(weights, n_classes, dtype)
         totals = _new_totals()
-        options = _options(0, 0, 0, 0, 0, wants_rows, not wants_rows)
+        options = _options(0, 0, 0, 0, wants_rows, not wants_rows)
         keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
         inputs = (_views.Operand(logits, axis), _views.Operand(target, axis))
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
@@ -617,7 +619,7 @@ def _kl_pointwise(
     total = 0.0
     if math.prod(shape):
         totals = _new_totals()
-        options = _options(0, 0, 0, 0, 0, wants_rows, not wants_rows)
+        options = _options(0, 0, 0, 0, wants_rows, not wants_rows)
         inputs = tuple(_views.Operand(np.broadcast_to(a, shape)) for a in (log_probabilities, target))
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
             rows = operands[0].array.shape

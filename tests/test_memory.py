@@ -12,7 +12,8 @@ TOOL = Path(__file__).parents[1] / "benchmarks" / "memory.py"
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(
-    "case", ["(N, C)", "(N, C) transposed", "(N, C, H, W)", "(N, C, H, W), channels last", "(N, C) big-endian", "softmax"]
+    "case",
+    ["(N, C)", "(N, C) transposed", "(N, C, H, W)", "(N, C, H, W), channels last", "(N, C) big-endian", "softmax"],
 )
 def test_peak_memory_beyond_the_input_is_small(case):
     command = [sys.executable, str(TOOL), "--case", case]

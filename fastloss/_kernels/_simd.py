@@ -38,6 +38,7 @@ __all__ = [
     "load_columns",
     "load_integer",
     "load_one",
+    "negative_zeros_like",
     "next_task",
     "polynomial",
     "scalar",
@@ -285,6 +286,16 @@ def splat(typingctx, value):
         return _splat_ir(builder, vector, args[0])
 
     return vector(value), codegen
+
+
+@intrinsic
+def negative_zeros_like(typingctx, vector):
+    """A vector of -0.0, which an addition leaves out at compile time (+0.0 would change a -0.0)."""
+
+    def codegen(context, builder, sig, args):
+        return _constant(vector, [-0.0] * vector.count)
+
+    return vector(vector), codegen
 
 
 @intrinsic

@@ -17,6 +17,7 @@ __all__ = [
     "load_columns",
     "load_integer",
     "load_one",
+    "negative_zeros_like",
     "next_task",
     "polynomial",
     "scalar",
@@ -50,6 +51,10 @@ def scalar(value, like):
 
 def splat(value):
     return np.full(lanes(value), value, _dtype(value))
+
+
+def negative_zeros_like(vector):
+    return np.full_like(vector, -0.0)
 
 
 def iota(like):

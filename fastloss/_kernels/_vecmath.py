@@ -10,9 +10,9 @@ from numba import types
 from numba.extending import overload
 
 from fastloss._kernels._jit import inline
-from fastloss._kernels._simd import fma, from_bits, polynomial, splat, to_bits, to_float, where
+from fastloss._kernels._simd import fma, from_bits, negative_zeros_like, polynomial, splat, to_bits, to_float, where
 
-__all__ = ["LOG1P_LIMIT", "exp", "log", "log1p"]
+__all__ = ["LOG1P_LIMIT", "exp", "exp_difference", "log", "log1p"]
 
 
 # Largest argument of log1p: its 2**-k is a normal float32 up to here. (float64 could go further; one bound is simpler.)
@@ -32,7 +32,7 @@ _LOG2E = 1.4426950408889634
 
 
 def _make_exp(dtype, coefficients, low, high):
-    """Make ``exp`` for vectors of ``dtype``.
+    """Make ``exp`` for vectors of ``dtype``: exp(d + low), where ``low`` is at most a unit in d's last place.
 
     Computes exp(d) = 2**n * (1 + f + f**2 * p(f)) with n = rint(d * log2(e)), f = d - n * ln(2).
 
@@ -58,12 +58,12 @@ def _make_exp(dtype, coefficients, low, high):
     p = polynomial(*[dtype(c) for c in coefficients])
 
     @inline
-    def exp(d):
+    def exp(d, low):
         d = where(d < splat(lowest), splat(lowest), d)
         d = where(d > splat(highest), splat(highest), d)
         shifted = fma(d, splat(log2e), splat(shift))
         n = shifted - splat(shift)
-        f = fma(n, splat(minus_low), fma(n, splat(minus_high), d))
+        f = fma(n, splat(minus_low), fma(n, splat(minus_high), d)) + low
         power = from_bits(to_bits(shifted) << splat(places))
         return fma(fma(f * f, p(f), f), power, power)
 
@@ -199,16 +199,33 @@ _log1p64 = _make_log1p(np.float64, _LOG1P64)
 _log64 = _make_log(np.float64, _LOG1P64)
 
 
-def exp(d):
-    """Exp of a vector; see :func:`_make_exp`."""
-    return _exp32(d) if d.dtype == np.float32 else _exp64(d)
+def _exp_sum(d, low):
+    return _exp32(d, low) if d.dtype == np.float32 else _exp64(d, low)
 
 
-@overload(exp, jit_options={"forceinline": True})
-def _exp(d):
+@overload(_exp_sum, jit_options={"forceinline": True})
+def _(d, low):
     if d.dtype == types.float32:
-        return lambda d: _exp32(d)
-    return lambda d: _exp64(d)
+        return lambda d, low: _exp32(d, low)
+    return lambda d, low: _exp64(d, low)
+
+
+@inline
+def exp(d):
+    """Exponential of a vector; see :func:`_make_exp`."""
+    return _exp_sum(d, negative_zeros_like(d))
+
+
+@inline
+def exp_difference(a, b):
+    """exp(a - b) for finite b as if the difference were exact: its rounding error (by two-sum) is taken into account.
+
+    At a - b = -40 that error alone moves the exponential by 16 units in the last place.
+    """
+    d = a - b
+    back = d - a
+    low = (a - (d - back)) - (b + back)
+    return _exp_sum(d, where(low == low, low, negative_zeros_like(d)))
 
 
 def log1p(s):

@@ -6,8 +6,8 @@ from numba import prange
 from fastloss._kernels import tiles
 from fastloss._kernels._jit import Kernel, subroutine
 from fastloss._kernels._simd import load_one, next_task
-from fastloss._kernels.losses import collect, put_rows
-from fastloss._kernels.sums import STATE_SIZE, add_block
+from fastloss._kernels.losses import collect, deliver
+from fastloss._kernels.sums import STATE_SIZE
 
 
 @subroutine
@@ -32,14 +32,7 @@ def _work(counter, totals, counts, x, target, weight, out, geometry, options):
                 loss[i] = -weight[targets[i]] * load_one(x, offsets[i] + targets[i] * stride, like)
             else:
                 loss[i] = 0.0
-        if options[tiles.WANTS_ROWS]:
-            put_rows(out, geometry, tiles.OUT, start, n, offsets, loss)
-        if options[tiles.WANTS_SUM]:
-            add_block(totals[0], loss, n)
-            if options[tiles.IS_WEIGHTED]:
-                for i in range(n):
-                    loss[i] = weight[targets[i]] if targets[i] >= 0 else 0.0
-                add_block(totals[1], loss, n)
+        deliver(totals, out, geometry, start, n, offsets, targets, loss, weight, options)
 
 
 def _nll(n_workers, totals, x, target, weight, out, geometry, options):

@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from fastloss._kernels import planes, rows, tiles
-from fastloss._kernels._jit import Kernel, subroutine
+from fastloss._kernels._jit import Kernel, inline, subroutine
 from fastloss._kernels._simd import lanes, load, load_one, next_task, scalar, store
 from fastloss._kernels._vecmath import LOG1P_LIMIT, log1p
 from fastloss._kernels.sums import STATE_SIZE, add_block, add_state, rounded
@@ -27,51 +27,62 @@ def log1p_all(values, n):
 
 
 @subroutine
-def _finish_targets(
-    x, geometry, offsets, n, targets, shifts, rest, difference, weight, options, smoothing, total_weight, loss, stage
-):
+def _sum_again(x, geometry, offsets, n, targets, shifts, rest, stage):
+    """Of a tile's rows that could not be summed relative to the target, sum relative to the maximum.
+
+    ``shifts`` then holds what the maximum adds to each row's loss (0 for the others).
+    """
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    like = shifts[0]
+    for i in range(n):
+        if targets[i] < 0 or (rest[i] < LOG1P_LIMIT and np.isfinite(shifts[i])):
+            shifts[i] = 0.0
+        else:
+            largest, rest[i], _, _ = rows.max_shift_row(
+                x, offsets[i], stride, n_classes, None, 0, 0, None, like, like, False, like, (stage, stage)
+            )
+            shifts[i] = largest - shifts[i] if np.isfinite(largest) else np.nan
+
+
+@subroutine
+def _finish_targets(x, geometry, offsets, n, targets, shifts, rest, weight, options, loss, stage):
     """The losses of a tile from the sums of its rows.
 
-    Computes, with s the sum of exp(x[c] - x[t]) over c != t: loss = log1p(s); with smoothing eps the mean over the
-    classes enters as (1 - eps) * w[t] * loss + eps / C * (sum(w) * log1p(s) + sum(w[c] * (x[t] - x[c]))).
+    Computes, with s the sum of exp(x[c] - x[t]) over c != t, the loss w[t] * log1p(s).
 
     Method: shifting by the target keeps the digits of a small loss and needs no pass for the maximum. Where s is too
     large (the target lies some 88 below the maximum) or x[t] is no number, the row is summed again, shifted by the
     maximum.
     """
-    like = weight[0]
-    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     again = 0
     for i in range(n):
         again += (targets[i] >= 0) & (not ((rest[i] < LOG1P_LIMIT) & (abs(shifts[i]) < np.inf)))
     if again:
-        for i in range(n):
-            if targets[i] < 0 or (rest[i] < LOG1P_LIMIT and np.isfinite(shifts[i])):
-                shifts[i] = 0.0
-            else:
-                largest, rest[i], difference[i], _ = rows.max_shift_row(
-                    x, offsets[i], stride, n_classes, None, 0, 0, weight,
-                    scalar(1.0, like), scalar(0.0, like), like, (stage, stage),
-                )  # fmt: skip
-                shifts[i] = largest - shifts[i] if np.isfinite(largest) else scalar(np.nan, like)
+        _sum_again(x, geometry, offsets, n, targets, shifts, rest, stage)
     for i in range(n):
         loss[i] = rest[i]
     log1p_all(loss, n)
-    smoothed = options[tiles.IS_SMOOTHED] != 0
-    if smoothed or options[tiles.IS_WEIGHTED]:
-        per_class = smoothing / n_classes
-        for i in range(n):
-            w = np.float64(weight[max(targets[i], 0)])
-            value = w * np.float64(loss[i] + shifts[i] if again else loss[i])
-            if smoothed:
-                mean = total_weight * np.float64(loss[i]) + difference[i]
-                value = (1.0 - smoothing) * value + per_class * mean
-            loss[i] = value
-    elif again:
+    if again:
         for i in range(n):
             loss[i] += shifts[i]
+    if options[tiles.IS_WEIGHTED]:
+        for i in range(n):
+            loss[i] *= weight[max(targets[i], 0)]
     for i in range(n):
         loss[i] = loss[i] if targets[i] >= 0 else 0.0
+
+
+@inline
+def deliver(totals, out, geometry, start, n, offsets, targets, loss, weight, options):
+    """Write the losses of a tile, or add them, and the weights of its targets, to the totals."""
+    if options[tiles.WANTS_ROWS]:
+        put_rows(out, geometry, tiles.OUT, start, n, offsets, loss)
+    if options[tiles.WANTS_SUM]:
+        add_block(totals[0], loss, n)
+        if options[tiles.IS_WEIGHTED]:
+            for i in range(n):
+                loss[i] = weight[targets[i]] if targets[i] >= 0 else 0.0
+            add_block(totals[1], loss, n)
 
 
 @subroutine
@@ -98,7 +109,7 @@ def _cross_entropy(name, tile_sums):
     """Cross-entropy with index targets."""
 
     @subroutine
-    def work(counter, totals, counts, x, target, weight, out, geometry, options, smoothing, total_weight):
+    def work(counter, totals, counts, x, target, weight, out, geometry, options):
         like = weight[0]
         n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
@@ -111,8 +122,6 @@ def _cross_entropy(name, tile_sums):
         shifts = tiles.aligned(width, weight)
         loss = tiles.aligned(width, weight)
         rest = np.empty(width, np.float64)
-        difference = np.empty(width, np.float64)
-        smoothed = options[tiles.IS_SMOOTHED] != 0
         while True:
             tile = next_task(counter)
             if tile >= geometry[tiles.N_TILES]:
@@ -123,44 +132,16 @@ def _cross_entropy(name, tile_sums):
             tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
             for i in range(n):
                 shifts[i] = load_one(x, offsets[i] + max(targets[i], 0) * stride, like)
-            tile_sums(
-                x,
-                geometry,
-                start,
-                offsets,
-                n,
-                targets,
-                near,
-                shifts,
-                weight,
-                smoothed,
-                rest,
-                difference,
-                stage,
-                scratch,
-            )
-            _finish_targets(
-                x, geometry, offsets, n, targets, shifts, rest, difference,
-                weight, options, smoothing, total_weight, loss, stage,
-            )  # fmt: skip
-            if options[tiles.WANTS_ROWS]:
-                put_rows(out, geometry, tiles.OUT, start, n, other_offsets, loss)
-            if options[tiles.WANTS_SUM]:
-                add_block(totals[0], loss, n)
-                if options[tiles.IS_WEIGHTED]:
-                    for i in range(n):
-                        loss[i] = weight[targets[i]] if targets[i] >= 0 else 0.0
-                    add_block(totals[1], loss, n)
+            tile_sums(x, geometry, start, offsets, n, targets, near, shifts, rest, stage, scratch)
+            _finish_targets(x, geometry, offsets, n, targets, shifts, rest, weight, options, loss, stage)
+            deliver(totals, out, geometry, start, n, other_offsets, targets, loss, weight, options)
 
-    def kernel(n_workers, totals, x, target, weight, out, geometry, options, smoothing, total_weight):
+    def kernel(n_workers, totals, x, target, weight, out, geometry, options):
         counter = np.zeros(1, np.int64)
         states = np.zeros((n_workers, 2, STATE_SIZE), np.int64)
         counts = np.zeros((n_workers, 8), np.int64)
         for worker in prange(n_workers):
-            work(
-                counter, states[worker], counts[worker], x, target, weight, out,
-                geometry, options, smoothing, total_weight,
-            )  # fmt: skip
+            work(counter, states[worker], counts[worker], x, target, weight, out, geometry, options)
         return collect(totals, states, counts)
 
     return Kernel(name, kernel)
@@ -168,16 +149,88 @@ def _cross_entropy(name, tile_sums):
 
 @subroutine
 def _special_loss(x, y, geometry, offset, y_offset, weight, keep, spread, largest, log_rest):
-    """The loss of a row that is not finite, term by term, so that it is the infinity or NaN that its terms make."""
+    """Sum mass * -log_softmax(x) of a row term by term, where it is not finite: the inf or NaN that its terms make.
+
+    The mass is weight * (y * keep + spread), or without ``y`` the weight.
+    """
     if not np.isfinite(largest):
         return np.nan
     stride, y_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.TARGET)
     total = 0.0
     for c in range(geometry[tiles.N_CLASSES]):
         logit = load_one(x, offset + c * stride, largest)
-        mass = np.float64(weight[c]) * (np.float64(load_one(y, y_offset + c * y_stride, largest)) * keep + spread)
+        mass = np.float64(weight[c])
+        if y is not None:
+            mass *= np.float64(load_one(y, y_offset + c * y_stride, largest)) * keep + spread
         total += mass * (np.float64(log_rest) + np.float64(largest - logit))
     return total
+
+
+def _smoothed_cross_entropy(name, tile_sums):
+    """Cross-entropy with index targets and label smoothing.
+
+    Computes (1 - eps) * w[t] * (M - x[t] + L) + eps / C * (L * sum(w) + sum(w[c] * (M - x[c]))), with M the maximum and
+    L log1p of the other terms' sum.
+
+    Method: relative to the maximum, because there every term is positive: with most of the weight on a likely class,
+    the terms relative to the target would cancel.
+    """
+
+    @subroutine
+    def work(counter, totals, counts, x, target, weight, out, geometry, options, smoothing):
+        like = weight[0]
+        n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+        width = geometry[tiles.TILE_ROWS] + tiles.PADDING
+        scratch = planes.make_scratch(width, weight)
+        stage = tiles.aligned(planes.BATCH * width, x)
+        offsets = np.empty(width, np.int64)
+        other_offsets = np.empty(width, np.int64)
+        targets = np.empty(width, np.int64)
+        near = np.empty(width, np.int32)
+        largest = np.zeros(width, weight.dtype)
+        loss = tiles.aligned(width, weight)
+        rest = np.empty(width, np.float64)
+        moment = np.empty(width, np.float64)
+        mass = np.empty(width, np.float64)
+        per_class = smoothing / n_classes
+        while True:
+            tile = next_task(counter)
+            if tile >= geometry[tiles.N_TILES]:
+                break
+            start, n = tiles.tile_bounds(geometry, tile)
+            tiles.row_offsets(geometry, tiles.TARGET, start, n, other_offsets)
+            tiles.read_targets(target, other_offsets, n, n_classes, options, targets, near, counts)
+            tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
+            tile_sums(
+                x, geometry, start, offsets, n, None, offsets, weight, like, like, False,
+                largest, rest, moment, mass, (stage, stage), scratch,
+            )  # fmt: skip
+            for i in range(n):
+                loss[i] = rest[i]
+            log1p_all(loss, n)
+            for i in range(n):
+                if targets[i] < 0:
+                    loss[i] = 0.0
+                elif not np.isfinite(largest[i]):
+                    loss[i] = np.nan
+                else:
+                    logit = load_one(x, offsets[i] + targets[i] * stride, like)
+                    at_target = np.float64(largest[i] - logit) + np.float64(loss[i])
+                    uniform = np.float64(loss[i]) * mass[i] + moment[i]
+                    if not np.isfinite(uniform):
+                        uniform = _special_loss(x, None, geometry, offsets[i], 0, weight, 1.0, 0.0, largest[i], loss[i])
+                    loss[i] = (1.0 - smoothing) * (np.float64(weight[targets[i]]) * at_target) + per_class * uniform
+            deliver(totals, out, geometry, start, n, other_offsets, targets, loss, weight, options)
+
+    def kernel(n_workers, totals, x, target, weight, out, geometry, options, smoothing):
+        counter = np.zeros(1, np.int64)
+        states = np.zeros((n_workers, 2, STATE_SIZE), np.int64)
+        counts = np.zeros((n_workers, 8), np.int64)
+        for worker in prange(n_workers):
+            work(counter, states[worker], counts[worker], x, target, weight, out, geometry, options, smoothing)
+        return collect(totals, states, counts)
+
+    return Kernel(name, kernel)
 
 
 def _probabilities(name, tile_sums):
@@ -208,7 +261,7 @@ def _probabilities(name, tile_sums):
             tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
             tiles.row_offsets(geometry, tiles.TARGET, start, n, y_offsets)
             tile_sums(
-                x, geometry, start, offsets, n, y, y_offsets, weight, scalar(keep, like), scalar(spread, like),
+                x, geometry, start, offsets, n, y, y_offsets, weight, scalar(keep, like), scalar(spread, like), False,
                 largest, rest, moment, mass, stages, scratch,
             )  # fmt: skip
             for i in range(n):
@@ -257,7 +310,7 @@ def _logsumexp(name, tile_sums):
             start, n = tiles.tile_bounds(geometry, tile)
             tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
             tile_sums(
-                x, geometry, start, offsets, n, None, offsets, None, like, like,
+                x, geometry, start, offsets, n, None, offsets, None, like, like, False,
                 largest, rest, unused, unused, (stage, stage), scratch,
             )  # fmt: skip
             for i in range(n):
@@ -277,6 +330,8 @@ def _logsumexp(name, tile_sums):
 
 cross_entropy_rows = _cross_entropy("cross_entropy_rows", rows.target_tile)
 cross_entropy_planes = _cross_entropy("cross_entropy_planes", planes.target_tile)
+smoothed_rows = _smoothed_cross_entropy("smoothed_rows", rows.max_shift_tile)
+smoothed_planes = _smoothed_cross_entropy("smoothed_planes", planes.max_shift_tile)
 probabilities_rows = _probabilities("probabilities_rows", rows.max_shift_tile)
 probabilities_planes = _probabilities("probabilities_planes", planes.max_shift_tile)
 logsumexp_rows = _logsumexp("logsumexp_rows", rows.max_shift_tile)

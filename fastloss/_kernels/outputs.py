@@ -37,7 +37,7 @@ def _softmax(name, tile_sums, write_tile):
             tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
             tiles.row_offsets(geometry, tiles.SECOND, start, n, out_offsets)
             tile_sums(
-                x, geometry, start, offsets, n, None, offsets, None, like, like,
+                x, geometry, start, offsets, n, None, offsets, None, like, like, is_log,
                 largest, rest, unused, unused, (stage, stage), scratch,
             )  # fmt: skip
             for i in range(n):

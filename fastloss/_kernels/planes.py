@@ -23,7 +23,7 @@ from fastloss._kernels._simd import (
     store,
     where,
 )
-from fastloss._kernels._vecmath import exp
+from fastloss._kernels._vecmath import exp, exp_difference
 from fastloss._kernels.rows import BLOCK, CHUNK, finite_shift, merge
 
 # Classes copied into the stage at a time: with float32, a cache line of each row.
@@ -137,19 +137,7 @@ def make_scratch(width, like):
 
 
 @subroutine
-def _to_rows(values, n, n_slots, like, results):
-    """Copy what is kept by slot to where it is kept by row."""
-    n_lanes = lanes(like)
-    for slot in range(0, n_slots, n_lanes):
-        row = row_of(slot, n, n_lanes)
-        for i in range(n_lanes):
-            results[row + i] = values[slot + i]
-
-
-@subroutine
-def _target_block(
-    x, offsets, n, low, high, n_classes, stride, direct, near, shifts, weight, smoothed, width, sums, differences, stage
-):
+def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage):
     """The classes ``low .. high`` of :func:`target_tile`: their sums, folded, are left in the first lane."""
     like = shifts[0]
     n_lanes = lanes(like)
@@ -157,7 +145,6 @@ def _target_block(
     zero, integer = splat(scalar(0.0, like)), integer_like(0, like)
     if high - low < n_lanes <= n_classes:
         _clear(sums, n_lanes, width, like)
-        _clear(differences, n_lanes, width, like)
     for c in range(low, high):
         if not direct and (c - low) % BATCH == 0:
             stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stage, like)
@@ -171,18 +158,11 @@ def _target_block(
             d = load(source, at + row, like) - load(shifts, row, like)
             e = where(load(near, row, integer) == this_class, zero, exp(d))
             store(sums, lane + slot, e if first else load(sums, lane + slot, like) + e)
-            if smoothed:
-                before = zero if first else load(differences, lane + slot, like)
-                store(differences, lane + slot, fma(splat(weight[c]), -d, before))
     _fold(sums, n_classes, n_slots, width, like)
-    if smoothed:
-        _fold(differences, n_classes, n_slots, width, like)
 
 
 @inline
-def _few_classes_tile(
-    x, offsets, n, n_classes, stride, direct, near, shifts, weight, smoothed, width, rest, difference, sums, stage
-):
+def _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, width, rest, sums, stage):
     """The case of :func:`target_tile` where each class has its own lane: 16 rows at a time, summed in the cache."""
     like = shifts[0]
     n_lanes = lanes(like)
@@ -197,92 +177,64 @@ def _few_classes_tile(
         shift, target = load(shifts, row, like), load(near, row, integer)
         for c in range(n_classes):
             d = load(source, at + c * step, like) - shift
-            e = where(target == splat(integer_like(c, like)), zero, exp(d))
-            store(sums, c * n_lanes, e)
-        store(rest, row, _fold_one(sums, n_classes, like))
-        if smoothed:
-            for c in range(n_classes):
-                d = load(source, at + c * step, like) - shift
-                store(sums, c * n_lanes, fma(splat(weight[c]), -d, zero))
-            store(difference, row, _fold_one(sums, n_classes, like))
+            store(sums, c * n_lanes, where(target == splat(integer_like(c, like)), zero, exp(d)))
+        used, half = n_classes, n_lanes // 2
+        while half >= 1:
+            for lane in range(used - half):
+                upper = load(sums, (lane + half) * n_lanes, like)
+                store(sums, lane * n_lanes, load(sums, lane * n_lanes, like) + upper)
+            used = min(used, half)
+            half //= 2
+        store(rest, row, load(sums, 0, like))
 
 
 @inline
-def _fold_one(sums, n_classes, like):
-    """Fold the lanes of one vector of rows by halves."""
-    n_lanes = lanes(like)
-    used, half = n_classes, n_lanes // 2
-    while half >= 1:
-        for lane in range(used - half):
-            store(sums, lane * n_lanes, load(sums, lane * n_lanes, like) + load(sums, (lane + half) * n_lanes, like))
-        used = min(used, half)
-        half //= 2
-    return load(sums, 0, like)
-
-
-@inline
-def target_tile(
-    x, geometry, start, offsets, n, targets, near, shifts, weight, smoothed, rest, difference, stage, scratch
-):
-    """Of each row, sum exp(x[c] - shift) over all classes but the target, and weight[c] * (shift - x[c]) over all."""
+def target_tile(x, geometry, start, offsets, n, targets, near, shifts, rest, stage, scratch):
+    """Of each row, sum exp(x[c] - shift) over all classes but the target."""
     like = shifts[0]
     n_lanes = lanes(like)
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
-    sums, differences, _, _, wide = scratch
+    sums, _, _, _, wide = scratch
     width = wide.shape[1]
-    total, total_difference, chunk_total, chunk_difference = wide[0], wide[1], wide[2], wide[3]
+    total, chunk_total = wide[0], wide[1]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     if n_classes <= n_lanes:
-        _few_classes_tile(
-            x,
-            offsets,
-            n,
-            n_classes,
-            stride,
-            direct,
-            near,
-            shifts,
-            weight,
-            smoothed,
-            width,
-            rest,
-            difference,
-            sums,
-            stage,
-        )
-        return
-    if n_classes <= BLOCK:
-        _target_block(
-            x, offsets, n, 0, n_classes, n_classes, stride, direct,
-            near, shifts, weight, smoothed, width, sums, differences, stage,
-        )  # fmt: skip
-        _to_rows(sums, n, n_slots, like, rest)
-        if smoothed:
-            _to_rows(differences, n, n_slots, like, difference)
+        _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, width, rest, sums, stage)
         return
     total[:n_slots] = 0.0
-    total_difference[:n_slots] = 0.0
     for chunk in range(0, n_classes, CHUNK):
         chunk_total[:n_slots] = 0.0
-        chunk_difference[:n_slots] = 0.0
         for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
-            _target_block(
-                x, offsets, n, low, min(low + BLOCK, n_classes), n_classes, stride, direct,
-                near, shifts, weight, smoothed, width, sums, differences, stage,
-            )  # fmt: skip
+            high = min(low + BLOCK, n_classes)
+            _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage)
             _add_block(chunk_total, sums, n_slots)
-            if smoothed:
-                _add_block(chunk_difference, differences, n_slots)
         _add_block(total, chunk_total, n_slots)
-        _add_block(total_difference, chunk_difference, n_slots)
-    _to_rows(total, n, n_slots, like, rest)
-    _to_rows(total_difference, n, n_slots, like, difference)
+    for slot in range(0, n_slots, n_lanes):
+        row = row_of(slot, n, n_lanes)
+        for i in range(n_lanes):
+            rest[row + i] = total[slot + i]
 
 
 @inline
 def max_shift_tile(
-    x, geometry, start, offsets, n, y, y_offsets, weight, keep, spread, largest, rest, moment, mass, stages, scratch
+    x,
+    geometry,
+    start,
+    offsets,
+    n,
+    y,
+    y_offsets,
+    weight,
+    keep,
+    spread,
+    exact,
+    largest,
+    rest,
+    moment,
+    mass,
+    stages,
+    scratch,
 ):
     """Of each row, the maximum, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass; see
     :func:`fastloss._kernels.rows.max_shift_chunk`.
@@ -362,7 +314,7 @@ def max_shift_tile(
                     shift = where(shift > lowest, shift, zero)
                     tie = v == shift
                     d = v - shift
-                    e = where(tie, zero, exp(d))
+                    e = where(tie, zero, exp_difference(v, shift) if exact else exp(d))
                     store(sums, lane + slot, e if first else load(sums, lane + slot, like) + e)
                     store(ties, slot, load(ties, slot, like) + where(tie, one, zero))
                     if weight is not None:
@@ -416,9 +368,8 @@ def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales,
             sink_at = out_offsets[0] + c * out_stride if out_direct else (c - low) * width
             for slot in range(0, n_slots, n_lanes):
                 row = row_of(slot, n, n_lanes)
-                d = load(source, at + row, like) - load(shifts, row, like)
-                scale = load(scales, row, like)
-                store(sink, sink_at + row, d - scale if is_log else exp(d) * scale)
+                v, shift, scale = load(source, at + row, like), load(shifts, row, like), load(scales, row, like)
+                store(sink, sink_at + row, (v - shift) - scale if is_log else exp_difference(v, shift) * scale)
         if not out_direct:
             _unstage_classes(out_stage, out, out_offsets, n, out_stride, low, high, width)
 

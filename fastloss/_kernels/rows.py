@@ -28,7 +28,7 @@ from fastloss._kernels._simd import (
     tree_sum,
     where,
 )
-from fastloss._kernels._vecmath import exp
+from fastloss._kernels._vecmath import exp, exp_difference
 
 BLOCK = 256
 CHUNK = 8192
@@ -56,31 +56,26 @@ def _near(distance):
 
 
 @inline
-def _target_block(x, origin, low, high, n_classes, target, shift, weight, smoothed):
-    """Sum exp(x - shift) over the classes ``low .. high`` but the target, and weight * (shift - x) over all."""
-    like = weight[0]
-    n_lanes = lanes(like)
-    zero, shifts = splat(scalar(0.0, like)), splat(shift)
-    lane = iota(like)
-    at_target, step = splat(integer_like(0, like)), splat(integer_like(n_lanes, like))
-    distance = lane - splat(integer_like(_near(target - low), like))
-    total, difference = zero, zero
+def _target_block(x, origin, low, high, n_classes, target, shift):
+    """Sum exp(x - shift) over the classes ``low .. high`` but the target."""
+    n_lanes = lanes(shift)
+    zero, shifts = splat(scalar(0.0, shift)), splat(shift)
+    lane = iota(shift)
+    at_target, step = splat(integer_like(0, shift)), splat(integer_like(n_lanes, shift))
+    distance = lane - splat(integer_like(_near(target - low), shift))
+    total = zero
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low, end, n_lanes):
-        d = load(x, c - origin, like) - shifts
+        d = load(x, c - origin, shift) - shifts
         total = total + where(distance == at_target, zero, exp(d))
         distance = distance + step
-        if smoothed:
-            difference = fma(load(weight, c, like), -d, difference)
     if end < high:
         begin, first, last = tail(low, high, n_classes, n_lanes)
-        valid = (lane >= splat(integer_like(first, like))) & (lane < splat(integer_like(last, like)))
-        distance = lane - splat(integer_like(_near(target - begin), like))
-        d = load(x, begin - origin, like) - shifts
+        valid = (lane >= splat(integer_like(first, shift))) & (lane < splat(integer_like(last, shift)))
+        distance = lane - splat(integer_like(_near(target - begin), shift))
+        d = load(x, begin - origin, shift) - shifts
         total = total + where(valid & (distance != at_target), exp(d), zero)
-        if smoothed:
-            difference = where(valid, fma(load(weight, begin, like), -d, difference), difference)
-    return tree_sum(total), tree_sum(difference) if smoothed else scalar(0.0, like)
+    return tree_sum(total)
 
 
 @inline
@@ -94,21 +89,17 @@ def _block_of(x, offset, stride, low, high, n_classes, n_lanes, stage):
 
 
 @inline
-def target_row(x, offset, stride, n_classes, target, shift, weight, smoothed, stage):
-    """Sum exp(x[c] - shift) over all classes but the target, and weight[c] * (shift - x[c]) over all, in float64."""
-    n_lanes = lanes(weight[0])
-    total, difference = 0.0, 0.0
+def target_row(x, offset, stride, n_classes, target, shift, stage):
+    """Sum exp(x[c] - shift) over all classes but the target, in float64."""
+    total = 0.0
     for chunk in range(0, n_classes, CHUNK):
-        chunk_total, chunk_difference = 0.0, 0.0
+        chunk_total = 0.0
         for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
             high = min(low + BLOCK, n_classes)
-            source, origin = _block_of(x, offset, stride, low, high, n_classes, n_lanes, stage)
-            s, d = _target_block(source, origin, low, high, n_classes, target, shift, weight, smoothed)
-            chunk_total += np.float64(s)
-            chunk_difference += np.float64(d)
+            source, origin = _block_of(x, offset, stride, low, high, n_classes, lanes(shift), stage)
+            chunk_total += np.float64(_target_block(source, origin, low, high, n_classes, target, shift))
         total += chunk_total
-        difference += chunk_difference
-    return total, difference
+    return total
 
 
 # ------------------------------------------------------------------------------------------ shift by the maximum
@@ -141,9 +132,10 @@ def class_mass(y, index, weight, c, keep, spread, like):
 
 
 @inline
-def _max_shift_block(x, origin, low, high, n_classes, shift, y, y_origin, weight, keep, spread, like):
+def _max_shift_block(x, origin, low, high, n_classes, shift, y, y_origin, weight, keep, spread, exact, like):
     """Of the classes ``low .. high``: the sum of exp(x - shift) where x != shift, how many x == shift, and of the mass
-    m = weight * (y * keep + spread) the sum of m * (shift - x) and of m (not without ``weight``).
+    m = weight * (y * keep + spread) the sum of m * (shift - x) and of m (not without ``weight``). ``exact`` counts the
+    rounding of x - shift.
     """
     n_lanes = lanes(like)
     zero, one, shifts = splat(scalar(0.0, like)), splat(scalar(1.0, like)), splat(shift)
@@ -153,7 +145,7 @@ def _max_shift_block(x, origin, low, high, n_classes, shift, y, y_origin, weight
         v = load(x, c - origin, like)
         tie = v == shifts
         d = v - shifts
-        total = total + where(tie, zero, exp(d))
+        total = total + where(tie, zero, exp_difference(v, shifts) if exact else exp(d))
         ties = ties + where(tie, one, zero)
         if weight is not None:
             m = class_mass(y, c - y_origin, weight, c, keep, spread, like)
@@ -166,7 +158,8 @@ def _max_shift_block(x, origin, low, high, n_classes, shift, y, y_origin, weight
         v = load(x, begin - origin, like)
         tie = v == shifts
         d = v - shifts
-        total = total + where(valid, where(tie, zero, exp(d)), zero)
+        e = exp_difference(v, shifts) if exact else exp(d)
+        total = total + where(valid, where(tie, zero, e), zero)
         ties = ties + where(valid & tie, one, zero)
         if weight is not None:
             m = class_mass(y, begin - y_origin, weight, begin, keep, spread, like)
@@ -205,7 +198,9 @@ def merge(largest, rest, moment, mass, other_largest, other_rest, other_moment, 
 
 
 @inline
-def max_shift_chunk(x, offset, stride, low, high, n_classes, y, y_offset, y_stride, weight, keep, spread, like, stages):
+def max_shift_chunk(
+    x, offset, stride, low, high, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, like, stages
+):
     """The maximum of a chunk, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass.
 
     Method: one pass over memory. Each block is searched for a new maximum and then, from the first-level cache, summed
@@ -226,12 +221,12 @@ def max_shift_chunk(x, offset, stride, low, high, n_classes, y, y_offset, y_stri
         shift = finite_shift(largest)
         if y is None:
             s, t, a, m = _max_shift_block(
-                source, origin, block, end, n_classes, shift, None, origin, weight, keep, spread, like
+                source, origin, block, end, n_classes, shift, None, origin, weight, keep, spread, exact, like
             )
         else:
             y_source, y_origin = _block_of(y, y_offset, y_stride, block, end, n_classes, n_lanes, stages[1])
             s, t, a, m = _max_shift_block(
-                source, origin, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread, like
+                source, origin, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread, exact, like
             )
         rest += np.float64(s)
         ties += np.float64(t)
@@ -241,13 +236,13 @@ def max_shift_chunk(x, offset, stride, low, high, n_classes, y, y_offset, y_stri
 
 
 @subroutine
-def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, like, stages):
+def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, like, stages):
     """:func:`max_shift_chunk` of a whole row: chunk by chunk, joined from the first on."""
     largest, rest, moment, mass = scalar(-np.inf, like), 0.0, 0.0, 0.0
     for low in range(0, n_classes, CHUNK):
         high = min(low + CHUNK, n_classes)
         piece = max_shift_chunk(
-            x, offset, stride, low, high, n_classes, y, y_offset, y_stride, weight, keep, spread, like, stages
+            x, offset, stride, low, high, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, like, stages
         )
         largest, rest, moment, mass = merge(largest, rest, moment, mass, piece[0], piece[1], piece[2], piece[3])
     return largest, rest, moment, mass
@@ -257,28 +252,40 @@ def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, k
 
 
 @inline
-def target_tile(
-    x, geometry, start, offsets, n, targets, near, shifts, weight, smoothed, rest, difference, stage, scratch
-):
+def target_tile(x, geometry, start, offsets, n, targets, near, shifts, rest, stage, scratch):
     """:func:`target_row` of each row of a tile that has a target."""
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     for i in range(n):
         if targets[i] >= 0:
-            rest[i], difference[i] = target_row(
-                x, offsets[i], stride, n_classes, targets[i], shifts[i], weight, smoothed, stage
-            )
+            rest[i] = target_row(x, offsets[i], stride, n_classes, targets[i], shifts[i], stage)
 
 
 @inline
 def max_shift_tile(
-    x, geometry, start, offsets, n, y, y_offsets, weight, keep, spread, largest, rest, moment, mass, stages, scratch
+    x,
+    geometry,
+    start,
+    offsets,
+    n,
+    y,
+    y_offsets,
+    weight,
+    keep,
+    spread,
+    exact,
+    largest,
+    rest,
+    moment,
+    mass,
+    stages,
+    scratch,
 ):
     """:func:`max_shift_row` of each row of a tile."""
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
     for i in range(n):
         largest[i], rest[i], moment[i], mass[i] = max_shift_row(
-            x, offsets[i], stride, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, largest[0], stages
+            x, offsets[i], stride, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, exact, largest[0], stages
         )
 
 
@@ -294,8 +301,8 @@ def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale,
             if end == high:
                 break
             begin, _, _ = tail(low, high, n_classes, n_lanes)
-        d = load(x, begin - origin, like) - shifts
-        store(out, begin - out_origin, d - scales if is_log else exp(d) * scales)
+        v = load(x, begin - origin, like)
+        store(out, begin - out_origin, (v - shifts) - scales if is_log else exp_difference(v, shifts) * scales)
 
 
 @inline

@@ -24,7 +24,7 @@ PADDING = 16
 IGNORED, OUT_OF_RANGE = -1, -2
 
 # Options of the index-target kernels, int64.
-TARGET_KIND, HAS_IGNORE, IGNORE_INDEX, IS_WEIGHTED, IS_SMOOTHED, WANTS_ROWS, WANTS_SUM = range(7)
+TARGET_KIND, HAS_IGNORE, IGNORE_INDEX, IS_WEIGHTED, WANTS_ROWS, WANTS_SUM = range(6)
 
 # The arrays of a geometry. (NumPy integers: Numba would take each Python constant for a type of its own.)
 INPUT, TARGET, OUT = np.int64(0), np.int64(1), np.int64(2)

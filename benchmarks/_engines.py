@@ -1,0 +1,599 @@
+"""What `compare.py` measures: one table of regimes, and per engine one small function for each operation.
+
+An engine turns a regime and its NumPy arrays into a call without arguments. Whatever prepares the data (tensors, device
+arrays) happens before; what compiles, compiles at the first call. As `compare.py --worker ENGINE` it
+answers one JSON line per command: prepare (make the inputs, compute, tell some statistics of the value), measure, free.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import importlib.metadata
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+IGNORED = -100
+HALVES = ("float16", "bfloat16")
+SMALLEST_MEASUREMENT = 4e-3  # seconds: shorter calls are repeated
+LATENCY_CALLS = 2000
+SLOW_CALL = 0.1  # seconds: longer calls are not preceded by an untimed one
+
+
+@dataclasses.dataclass(frozen=True)
+class Regime:
+    """One line of the table. `shape` is that of the logits as they are passed."""
+
+    name: str
+    operation: str
+    shape: tuple[int, ...]
+    bar: float | None = None  # at least this many times the fastest peer
+    roofline_bar: float | None = None  # at least this fraction of the rate at which the inputs can be read
+    dtype: str = "float32"
+    reduction: str = "mean"
+    weighted: bool = False  # class weights, and a fifth of the targets ignored
+    smoothing: float = 0.0
+    log_target: bool = False
+    axis: int = 1
+    channels_last: bool = False  # the class axis is innermost in memory
+    latency: bool = False  # the time of a call itself: against PyTorch eager alone
+
+    @property
+    def row_shape(self):
+        return self.shape[:-1] if len(self.shape) == 1 else self.shape[:1] + self.shape[2:]
+
+    @property
+    def n_classes(self):
+        return self.shape[0] if len(self.shape) == 1 else self.shape[1]
+
+    @property
+    def memory_axis(self):
+        """The axis of the classes in the array as it lies in memory."""
+        return -1 if self.channels_last else self.axis if len(self.shape) > 1 else 0
+
+    def tiny(self):
+        return dataclasses.replace(self, shape=tuple(min(n, 12) for n in self.shape))
+
+
+def _regimes():
+    score = functools.partial(Regime, operation="cross_entropy")
+    imagenet, medium = (65_536, 1000), (65_536, 500)
+    regimes = [
+        score("few classes", shape=(1_000_000, 10), bar=2.5),
+        score("binary", shape=(5_000_000, 2), bar=4),
+        score("a hundred", shape=(200_000, 100), bar=1.5),
+        score("ImageNet, mean", shape=imagenet, bar=2, roofline_bar=0.7),
+        score("ImageNet, none", shape=imagenet, bar=2, roofline_bar=0.7, reduction="none"),
+        score("ImageNet, mean, weighted", shape=imagenet, bar=2, roofline_bar=0.7, weighted=True),
+        score("ImageNet, none, weighted", shape=imagenet, bar=2, roofline_bar=0.7, reduction="none", weighted=True),
+        score("vocabulary", shape=(1024, 128_256), bar=2, roofline_bar=0.85),
+        score("one token, 1", shape=(1, 128_256), bar=1.8),
+        score("one token, 8", shape=(8, 50_257), bar=1.8),
+        score("label smoothing", shape=imagenet, bar=1.8, roofline_bar=0.6, smoothing=0.1),
+        Regime("probability targets", "probabilities", imagenet, bar=1.5, roofline_bar=0.6),
+        score("segmentation, 21", shape=(8, 21, 512, 512), bar=2, roofline_bar=0.4),
+        score("segmentation, 150", shape=(4, 150, 128, 128), bar=2, roofline_bar=0.4),
+        score("volume", shape=(2, 5, 96, 128, 128), bar=5),
+        score("channels last", shape=(8, 21, 512, 512), bar=2, channels_last=True),
+        score("float16, 1000", shape=imagenet, bar=2, dtype="float16"),
+        score("float16, vocabulary", shape=(1024, 128_256), bar=2, dtype="float16"),
+        score("bfloat16, 1000", shape=imagenet, bar=2, dtype="bfloat16"),
+        score("bfloat16, vocabulary", shape=(1024, 128_256), bar=2, dtype="bfloat16"),
+        score("float64", shape=medium, bar=1.8, dtype="float64"),
+        Regime("NLL", "nll", (400_000, 100), bar=1.2),
+        Regime("KL", "kl", medium, bar=1.4, roofline_bar=0.6, reduction="batchmean"),
+        Regime("KL, log target", "kl", medium, bar=1.0, roofline_bar=0.75, reduction="batchmean", log_target=True),
+        Regime("log-sum-exp, last axis", "logsumexp", imagenet, bar=2, roofline_bar=0.7),
+        Regime("log-sum-exp, axis 0", "logsumexp", imagenet, bar=2, roofline_bar=0.7, axis=0),
+        Regime("softmax", "softmax", medium, bar=2),
+        Regime("log_softmax", "log_softmax", medium, bar=2),
+        score("latency, 1 row", shape=(10,), bar=1.5, latency=True),
+        score("latency, 32 rows", shape=(32, 10), bar=2.5, latency=True),
+        score("latency, 64 rows", shape=(64, 1000), bar=1.5, latency=True),
+        score("between, 7 classes", shape=(1_000_000, 7)),
+        score("between, 33 classes", shape=(500_000, 33)),
+        score("between, 257 classes", shape=(65_537, 257)),
+        score("between, 4097 classes", shape=(8191, 4097)),
+        score("between, 3 rows", shape=(3, 100_003)),
+        score("between, odd pixels", shape=(3, 21, 383, 511)),
+    ]
+    return {regime.name: regime for regime in regimes}
+
+
+REGIMES = _regimes()
+
+
+# -------------------------------------------------------------------------------------------------- inputs
+
+
+def _as_dtype(values, name):
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return values.astype(ml_dtypes.bfloat16)
+    return values.astype(name, copy=False)
+
+
+def _log_probabilities(values):
+    """In place."""
+    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
+    return values
+
+
+def make_inputs(regime):
+    """The arrays of a regime: the same in every process. `logits` and `target` are as a caller would pass them."""
+    rng = np.random.default_rng(2024)
+    normal = functools.partial(rng.standard_normal, dtype=np.float64 if regime.dtype == "float64" else np.float32)
+    if regime.channels_last:
+        logits = np.moveaxis(normal(regime.row_shape + (regime.n_classes,)), -1, 1)
+    else:
+        logits = normal(regime.shape)
+    arrays = {"logits": _as_dtype(logits, regime.dtype)}
+    if regime.operation in ("cross_entropy", "nll"):
+        target = rng.integers(0, regime.n_classes, regime.row_shape)
+        if regime.weighted:
+            target[rng.random(regime.row_shape) < 0.2] = IGNORED
+            arrays["weight"] = np.linspace(0.5, 2.0, regime.n_classes, dtype=np.float32)
+        arrays["target"] = np.asarray(target)
+    elif regime.operation in ("probabilities", "kl"):
+        target = _log_probabilities(normal(regime.shape))
+        arrays["target"] = target if regime.log_target else np.exp(target, out=target)
+        if regime.operation == "kl":
+            _log_probabilities(arrays["logits"])
+    return arrays
+
+
+def _loss_options(regime, weight):
+    """The keyword arguments that fastloss and PyTorch share: only those that are not the default."""
+    options = {}
+    if regime.reduction != "mean":
+        options["reduction"] = regime.reduction
+    if weight is not None:
+        options["weight"] = weight
+    if regime.smoothing:
+        options["label_smoothing"] = regime.smoothing
+    if regime.log_target:
+        options["log_target"] = True
+    return options
+
+
+# ------------------------------------------------------------------------------------------------- engines
+
+
+class Fastloss:
+    packages = ("fastloss", "numba", "llvmlite")
+
+    def __init__(self, n_threads):
+        import numba
+
+        import fastloss
+
+        numba.set_num_threads(n_threads)
+        self.library = fastloss
+
+    def _loss(self, function, regime, logits, target, weight=None):
+        return functools.partial(function, logits, target, **_loss_options(regime, weight))
+
+    def cross_entropy(self, regime, **arrays):
+        return self._loss(self.library.cross_entropy, regime, **arrays)
+
+    probabilities = cross_entropy
+
+    def nll(self, regime, **arrays):
+        return self._loss(self.library.nll_loss, regime, **arrays)
+
+    def kl(self, regime, **arrays):
+        return self._loss(self.library.kl_div, regime, **arrays)
+
+    def logsumexp(self, regime, logits):
+        return functools.partial(self.library.logsumexp, logits, axis=regime.axis)
+
+    def softmax(self, regime, logits):
+        return functools.partial(self.library.softmax, logits, axis=regime.axis)
+
+    def log_softmax(self, regime, logits):
+        return functools.partial(self.library.log_softmax, logits, axis=regime.axis)
+
+    def numpy(self, result):
+        return np.asarray(result)
+
+    def free(self):
+        pass
+
+
+class Torch:
+    packages = ("torch",)
+
+    def __init__(self, n_threads):
+        import torch
+
+        torch.set_num_threads(n_threads)
+        self.torch = torch
+        self.functions = torch.nn.functional
+        self.enter()
+
+    def enter(self):
+        self.without_gradients = self.torch.inference_mode()
+        self.without_gradients.__enter__()
+
+    def tensor(self, array):
+        if array is None:
+            return None
+        if array.dtype.name == "bfloat16":
+            return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
+        return self.torch.from_numpy(array) if array.ndim else self.torch.tensor(array)
+
+    def call(self, function, *tensors, **options):
+        return functools.partial(function, *tensors, **options)
+
+    def _loss(self, function, regime, logits, target, weight=None):
+        options = _loss_options(regime, self.tensor(weight))
+        if regime.dtype in HALVES and regime.reduction == "mean":
+            # the half-precision mean overflows over many rows: a float32 mean of the losses, as fastloss's result is
+            narrow, options = function, options | {"reduction": "none"}
+            function = lambda *tensors, **options: narrow(*tensors, **options).float().mean()
+        return self.call(function, self.tensor(logits), self.tensor(target), **options)
+
+    def cross_entropy(self, regime, **arrays):
+        return self._loss(self.functions.cross_entropy, regime, **arrays)
+
+    probabilities = cross_entropy
+
+    def nll(self, regime, **arrays):
+        return self._loss(self.functions.nll_loss, regime, **arrays)
+
+    def kl(self, regime, **arrays):
+        return self._loss(self.functions.kl_div, regime, **arrays)
+
+    def logsumexp(self, regime, logits):
+        return self.call(self.torch.logsumexp, self.tensor(logits), dim=regime.axis)
+
+    def softmax(self, regime, logits):
+        return self.call(self.functions.softmax, self.tensor(logits), dim=regime.axis)
+
+    def log_softmax(self, regime, logits):
+        return self.call(self.functions.log_softmax, self.tensor(logits), dim=regime.axis)
+
+    def numpy(self, result):
+        return result.double().numpy()
+
+    def free(self):
+        pass
+
+
+class Inductor(Torch):
+    """The same functions under torch.compile."""
+
+    def enter(self):
+        self.without_gradients = self.torch.no_grad()
+        self.without_gradients.__enter__()
+
+    def call(self, function, *tensors, **options):
+        compiled = self.torch.compile(lambda *inputs: function(*inputs, **options), dynamic=False)
+        return functools.partial(compiled, *tensors)
+
+    def free(self):
+        self.torch._dynamo.reset()
+
+
+class Xla:
+    """jax.jit on the CPU; halves are computed in float32, as is customary and as the result of fastloss is."""
+
+    packages = ("jax", "jaxlib")
+
+    def __init__(self, n_threads):
+        import jax
+
+        self.jax = jax
+
+    def call(self, regime, function, *arrays):
+        jax = self.jax
+        jax.config.update("jax_enable_x64", regime.dtype == "float64")
+        compiled = jax.jit(function)
+        inputs = [jax.device_put(array) for array in arrays]
+        return lambda: compiled(*inputs).block_until_ready()
+
+    def _wide(self, x):
+        return x if x.dtype.itemsize > 2 else x.astype(np.float32)
+
+    def _in_memory(self, regime, logits):
+        return np.moveaxis(logits, 1, -1) if regime.channels_last else logits
+
+    def _picked(self, regime, losses, target, weight):
+        """Reduce the losses of the rows with class indices."""
+        jnp = self.jax.numpy
+        if weight is None:
+            return losses.mean() if regime.reduction == "mean" else losses
+        kept = target != IGNORED
+        weights = jnp.where(kept, weight[jnp.where(kept, target, 0)], 0)
+        losses = jnp.where(kept, losses * weights, 0)
+        return losses.sum() / weights.sum() if regime.reduction == "mean" else losses
+
+    def cross_entropy(self, regime, logits, target, weight=None):
+        jax, axis = self.jax, regime.memory_axis
+
+        def function(x, t, w=None):
+            x = self._wide(x)
+            places = self.jax.numpy.expand_dims(t if w is None else jax.numpy.where(t == IGNORED, 0, t), axis)
+            log_sum = jax.nn.logsumexp(x, axis=axis)
+            losses = log_sum - self.jax.numpy.take_along_axis(x, places, axis=axis).squeeze(axis)
+            if regime.smoothing:
+                losses = (1 - regime.smoothing) * losses + regime.smoothing * (log_sum - x.mean(axis))
+            return self._picked(regime, losses, t, w)
+
+        inputs = [self._in_memory(regime, logits), target.astype(np.int32)] + [weight] * (weight is not None)
+        return self.call(regime, function, *inputs)
+
+    def probabilities(self, regime, logits, target):
+        def function(x, y):
+            return -(y * self.jax.nn.log_softmax(x, axis=1)).sum(axis=1).mean()
+
+        return self.call(regime, function, logits, target)
+
+    def nll(self, regime, logits, target):
+        def function(x, t):
+            return -self.jax.numpy.take_along_axis(x, t[:, None], axis=1).mean()
+
+        return self.call(regime, function, logits, target.astype(np.int32))
+
+    def kl(self, regime, logits, target):
+        jax = self.jax
+
+        def function(x, y):
+            if regime.log_target:
+                return (jax.numpy.exp(y) * (y - x)).sum() / len(x)
+            return (jax.scipy.special.xlogy(y, y) - y * x).sum() / len(x)
+
+        return self.call(regime, function, logits, target)
+
+    def logsumexp(self, regime, logits):
+        return self.call(regime, lambda x: self.jax.nn.logsumexp(x, axis=regime.axis), logits)
+
+    def softmax(self, regime, logits):
+        return self.call(regime, lambda x: self.jax.nn.softmax(x, axis=regime.axis), logits)
+
+    def log_softmax(self, regime, logits):
+        return self.call(regime, lambda x: self.jax.nn.log_softmax(x, axis=regime.axis), logits)
+
+    def numpy(self, result):
+        return np.asarray(result)
+
+    def free(self):
+        self.jax.clear_caches()
+
+
+class Scipy:
+    """scipy.special, and NumPy for what it leaves over. Not for halves."""
+
+    packages = ("scipy",)
+
+    def __init__(self, n_threads):
+        import scipy.special
+
+        self.special = scipy.special
+
+    def cross_entropy(self, regime, logits, target, weight=None):
+        if logits.dtype.itemsize == 2 or regime.smoothing:
+            return None
+        axis = regime.memory_axis if logits.ndim == 1 else 1
+
+        def call():
+            places = target if weight is None else np.where(target == IGNORED, 0, target)
+            log_probabilities = self.special.log_softmax(logits, axis=axis)
+            losses = -np.take_along_axis(log_probabilities, np.expand_dims(places, axis), axis=axis).squeeze(axis)
+            if weight is None:
+                return losses.mean() if regime.reduction == "mean" else losses
+            weights = np.where(target == IGNORED, np.float32(0), weight[places])
+            losses *= weights
+            return losses.sum() / weights.sum() if regime.reduction == "mean" else losses
+
+        return call
+
+    def probabilities(self, regime, logits, target):
+        return lambda: -(target * self.special.log_softmax(logits, axis=1)).sum(axis=1).mean()
+
+    def nll(self, regime, logits, target):
+        return lambda: -np.take_along_axis(logits, target[:, None], axis=1).mean()
+
+    def kl(self, regime, logits, target):
+        def call():
+            y = np.exp(target) if regime.log_target else target
+            return self.special.rel_entr(y, np.exp(logits)).sum() / len(logits)
+
+        return call
+
+    def logsumexp(self, regime, logits):
+        return lambda: self.special.logsumexp(logits, axis=regime.axis)
+
+    def softmax(self, regime, logits):
+        return lambda: self.special.softmax(logits, axis=regime.axis)
+
+    def log_softmax(self, regime, logits):
+        return lambda: self.special.log_softmax(logits, axis=regime.axis)
+
+    def numpy(self, result):
+        return np.asarray(result)
+
+    def free(self):
+        pass
+
+
+class Sklearn(Scipy):
+    """sklearn.metrics.log_loss of scipy.special.softmax, where that is the loss."""
+
+    packages = ("scikit-learn",)
+    probabilities = nll = kl = logsumexp = softmax = log_softmax = None
+
+    def __init__(self, n_threads):
+        super().__init__(n_threads)
+        import sklearn.metrics
+
+        self.metrics = sklearn.metrics
+
+    def cross_entropy(self, regime, logits, target, weight=None):
+        if regime.reduction != "mean" or regime.smoothing or logits.ndim != 2 or logits.dtype.itemsize == 2:
+            return None
+        labels = np.arange(regime.n_classes)
+
+        def call():
+            weights = places = None
+            if weight is not None:
+                places = np.where(target == IGNORED, 0, target)
+                weights = np.where(target == IGNORED, 0, weight[places])
+            shares = self.special.softmax(logits, axis=1)
+            return self.metrics.log_loss(
+                target if places is None else places, shares, sample_weight=weights, labels=labels
+            )
+
+        return call
+
+
+class Roofline:
+    """A sum over the bytes of every input, the ignored rows included: nothing that reads them from memory is faster.
+
+    The words are added as integers, whose order is the compiler's to choose: it takes wide vectors, several at a time.
+    """
+
+    packages = ("numba",)
+    n_pieces = 64
+    nll = None  # reads one entry of each row
+
+    def __init__(self, n_threads):
+        import numba
+
+        numba.set_num_threads(n_threads)
+
+        @numba.njit
+        def add(words):
+            total = np.uint64(0)
+            for i in range(words.size):
+                total += words[i]
+            return total
+
+        @numba.njit(parallel=True)
+        def add_all(words, n_pieces):
+            length = (words.size + n_pieces - 1) // n_pieces
+            total = np.uint64(0)
+            for k in numba.prange(n_pieces):
+                total += add(words[k * length : (k + 1) * length])
+            return total
+
+        self.add_all = add_all
+
+    @staticmethod
+    def _words(array, axis_order):
+        flat = np.moveaxis(array, 1, -1) if axis_order == "channels last" else array
+        flat = flat.reshape(-1).view(np.uint8)
+        return flat[: flat.size // 8 * 8].view(np.uint64)
+
+    def cross_entropy(self, regime, logits, target=None, weight=None):
+        if regime.latency:
+            return None
+        inputs = [self._words(logits, "channels last" if regime.channels_last else "")]
+        if target is not None:
+            inputs.append(self._words(target, ""))
+        return lambda: [self.add_all(words, self.n_pieces) for words in inputs]
+
+    probabilities = kl = logsumexp = softmax = log_softmax = cross_entropy
+
+    def numpy(self, result):
+        return None
+
+    def free(self):
+        pass
+
+
+ENGINES = {
+    "fastloss": Fastloss,
+    "torch": Torch,
+    "inductor": Inductor,
+    "xla": Xla,
+    "scipy": Scipy,
+    "sklearn": Sklearn,
+    "roofline": Roofline,
+}
+
+
+def versions(engine):
+    """The versions of an engine's packages; None if one of them is missing."""
+    try:
+        return {name: importlib.metadata.version(name) for name in ENGINES[engine].packages}
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# -------------------------------------------------------------------------------------------------- worker
+
+
+def _statistics(values):
+    """What is compared of a result: its size, its sum in float64, its first and its last entry."""
+    if values is None:
+        return None
+    values = np.asarray(values)
+    flat = values.reshape(-1)
+    total = flat.sum(dtype=np.float64)
+    return {"size": flat.size, "sum": float(total), "first": float(flat[0]), "last": float(flat[-1])}
+
+
+class Worker:
+    """One engine and at most one regime's data."""
+
+    def __init__(self, name, n_threads):
+        self.engine = ENGINES[name](n_threads)
+        self.function = None
+
+    def prepare(self, regime, tiny):
+        """Inputs, value, warm-up: the statistics of the value, and the time of one call."""
+        chosen = REGIMES[regime].tiny() if tiny else REGIMES[regime]
+        operation = getattr(self.engine, chosen.operation)
+        self.function = operation and operation(chosen, **make_inputs(chosen))
+        if self.function is None:
+            return {"unsupported": True}
+        result = self.engine.numpy(self.function())
+        statistics = _statistics(result)
+        del result
+        seconds = self.measure(1)["seconds"]
+        if seconds < SLOW_CALL and not tiny:
+            seconds = min(seconds, *(self.measure(1)["seconds"] for _ in range(3)))
+        repeats = LATENCY_CALLS if chosen.latency else max(1, round(SMALLEST_MEASUREMENT / seconds))
+        return {"value": statistics, "seconds": seconds, "repeats": 1 if tiny else repeats}
+
+    def measure(self, repeats, warm=False):
+        """Seconds per call; `warm` asks for an untimed call before."""
+        function = self.function
+        if warm:
+            function()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            function()
+        return {"seconds": (time.perf_counter() - begin) / repeats}
+
+    def free(self):
+        self.function = None
+        self.engine.free()
+        gc.collect()
+        return {}
+
+
+def serve(name, n_threads):
+    """Answer commands on standard input until it ends. Whatever else is printed goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    worker = Worker(name, n_threads)
+    gc.disable()  # Worker.free collects
+    gc.freeze()
+    for line in sys.stdin:
+        command = json.loads(line)
+        method = getattr(worker, command.pop("do"))
+        answer = {}
+        try:
+            answer = method(**command)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
+            with contextlib.suppress(Exception):
+                worker.free()
+        answers.write(json.dumps(answer) + "\n")

@@ -1,0 +1,418 @@
+"""Compare fastloss with its peers, and with the rate at which the inputs can be read, on the regimes of `_engines.py`.
+
+    python benchmarks/compare.py [--regimes NAME ...] [--engines NAME ...] [--rounds N] [--json FILE] [--list] ...
+
+Every engine runs in a process of its own, over the same seeded data. Before anything is timed, all engines must agree
+on the value. Then they are asked in turn, round by round, and the ratio reported is the median over the rounds of (time
+of the peer / time of fastloss in that round). While one engine works the others wait on a pipe. Each turn begins with a
+pause, in which worker threads stop spinning, so that every library can keep its own waiting policy (or that of
+OMP_WAIT_POLICY), and with one untimed call. "roofline" is a parallel sum over the bytes of the inputs; the fraction is
+its time / that of fastloss.
+
+Exits with 1 if a value disagrees (that engine is then not timed) or fastloss itself fails; missed bars are printed.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import os
+import platform
+import select
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import _engines
+import numpy as np
+
+PAUSE = 0.02  # seconds before each measurement: GNU OpenMP's threads spin for some milliseconds
+SLOW_FACTOR, SLOW_ROUNDS = 30, 3
+OTHER_CPUS = 0.1  # what other processes may use of the CPUs before the times are called in question
+PATIENCE = 900  # seconds for one answer
+
+# How far results may be apart, in relative terms. XLA and PyTorch reduce in the result's precision.
+TOLERANCES = {"float16": 5e-3, "bfloat16": 3e-2, "float32": 1e-4, "float64": 1e-10}
+
+
+# ------------------------------------------------------------------------------------------- is the machine ours?
+
+TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+def _read_stat(path):
+    try:
+        return Path(path).read_text()
+    except OSError:  # not Linux, or the process is gone
+        return ""
+
+
+def _cpu_seconds_of_others(children):
+    """CPU time that all but this program have used since the machine started, stolen time included."""
+    line = _read_stat("/proc/stat").partition("\n")[0].split()[1:9]
+    busy = sum(int(ticks) for field, ticks in enumerate(line) if field not in (3, 4)) / TICKS  # not idle, iowait
+    return busy - sum(child.cpu_seconds() for child in children.values()) - time.process_time()
+
+
+# --------------------------------------------------------------------------------------------------- children
+
+
+class DiedError(Exception):
+    pass
+
+
+class Child:
+    """A process that runs one engine. It is started when it is first asked, and again after it died."""
+
+    def __init__(self, name, n_threads):
+        self.name = name
+        self.n_threads = n_threads
+        self.process = None
+
+    def _start(self):
+        environment = dict(os.environ, TORCHINDUCTOR_COMPILE_THREADS="1", JAX_PLATFORMS="cpu", PYTHONWARNINGS="ignore")
+        for variable in ("OMP", "MKL", "OPENBLAS", "NUMBA"):
+            environment[f"{variable}_NUM_THREADS"] = str(self.n_threads)
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--worker",
+            self.name,
+            "--threads",
+            str(self.n_threads),
+        ]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment
+        )
+
+    def ask(self, **command):
+        if self.process is None:
+            self._start()
+        try:
+            self.process.stdin.write(json.dumps(command) + "\n")
+            self.process.stdin.flush()
+            ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+            line = self.process.stdout.readline() if ready else ""
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.stop(kill=True)
+            self.errors.seek(0)
+            last = [text.strip() for text in self.errors.read().splitlines() if text.strip()][-1:]
+            raise DiedError(f"its process ended or did not answer: {' '.join(last)[:200]}")
+        return json.loads(line)
+
+    def cpu_seconds(self):
+        """What the process has used of the CPUs."""
+        if self.process is None:
+            return 0.0
+        return sum(map(int, _read_stat(f"/proc/{self.process.pid}/stat").rpartition(")")[2].split()[11:13])) / TICKS
+
+    def free(self):
+        """Drop the regime's data."""
+        if self.process is not None:
+            with contextlib.suppress(DiedError):
+                self.ask(do="free")
+
+    def stop(self, kill=False):
+        if self.process is not None:
+            if kill:
+                self.process.kill()
+            self.process.stdin.close()
+            self.process.wait()
+            self.process.stdout.close()
+            self.process = None
+
+
+# ---------------------------------------------------------------------------------------------------- regimes
+
+
+def _disagreement(value, reference, tolerance):
+    """What two results differ in, or None."""
+    if value["size"] != reference["size"]:
+        return f"{value['size']} values, where there should be {reference['size']}"
+    for key in ("sum", "first", "last"):
+        if not math.isclose(value[key], reference[key], rel_tol=tolerance):
+            return f"{key} {value[key]!r}, where fastloss has {reference[key]!r}"
+    return None
+
+
+def _prepare(regime, children, tiny, problems):
+    """Ask every engine for its value; those that agree, with the answer of each."""
+    ready = {}
+    for name, child in children.items():
+        try:
+            answer = child.ask(do="prepare", regime=regime.name, tiny=tiny)
+        except DiedError as death:
+            answer = {"error": str(death)}
+        if "error" in answer:
+            problems.append({"engine": name, "what": "failed", "message": answer["error"]})
+        elif "unsupported" not in answer:
+            ready[name] = answer
+    if "fastloss" in ready:
+        reference = ready["fastloss"]["value"]
+        for name in list(ready):
+            value = ready[name]["value"]
+            wrong = value and _disagreement(value, reference, TOLERANCES[regime.dtype])
+            if wrong:
+                problems.append({"engine": name, "what": "DISAGREES", "message": wrong})
+                del ready[name]
+    return ready
+
+
+def run_regime(regime, children, n_rounds, tiny=False):
+    """Values, then times, of all engines on one regime."""
+    if regime.latency:
+        children = {name: child for name, child in children.items() if name in ("fastloss", "torch")}
+    problems = []
+    ready = _prepare(regime, children, tiny, problems)
+    seconds = {name: [] for name in ready}
+    base = ready.get("fastloss", {"seconds": math.inf})["seconds"]
+    begin, others = time.perf_counter(), _cpu_seconds_of_others(children)
+    for k in range(n_rounds):
+        for name in list(ready):
+            is_slow = ready[name]["seconds"] > SLOW_FACTOR * base
+            if is_slow and k >= SLOW_ROUNDS:
+                continue
+            time.sleep(0 if tiny else PAUSE)
+            try:
+                warm = ready[name]["seconds"] < _engines.SLOW_CALL
+                answer = children[name].ask(do="measure", repeats=ready[name]["repeats"], warm=warm)
+            except DiedError as death:
+                answer = {"error": str(death)}
+            if "error" in answer:
+                problems.append({"engine": name, "what": "failed", "message": answer["error"]})
+                del ready[name], seconds[name]
+            else:
+                seconds[name].append(answer["seconds"])
+    others = (_cpu_seconds_of_others(children) - others) / (time.perf_counter() - begin)
+    for child in children.values():
+        child.free()
+    return {
+        "name": regime.name,
+        "shape": regime.tiny().shape if tiny else regime.shape,
+        "dtype": regime.dtype,
+        "values": {name: answer["value"] for name, answer in ready.items()},
+        "repeats": {name: answer["repeats"] for name, answer in ready.items()},
+        "seconds": seconds,
+        "other_cpus": round(others, 3),
+        "problems": problems,
+        **_summary(regime, seconds),
+    }
+
+
+def _summary(regime, seconds):
+    """Medians of the ratios round by round, and how they stand to the bars."""
+    own = seconds.get("fastloss", [])
+    ratios = {
+        name: statistics.median(theirs / ours for theirs, ours in zip(times, own, strict=False))
+        for name, times in seconds.items()
+        if name != "fastloss" and times and own
+    }
+    roofline = ratios.pop("roofline", None)
+    fastest = min(ratios, key=ratios.get, default=None)
+    return {
+        "milliseconds": 1e3 * statistics.median(own) if own else None,
+        "ratios": ratios,
+        "fastest_peer": fastest,
+        "bar": regime.bar,
+        "meets_bar": None if fastest is None or regime.bar is None else ratios[fastest] >= regime.bar,
+        "roofline": roofline,
+        "roofline_bar": regime.roofline_bar,
+        "meets_roofline_bar": None
+        if roofline is None or regime.roofline_bar is None
+        else roofline >= regime.roofline_bar,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- output
+
+
+def _number(value, digits=2):
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _verdict(value, bar, meets):
+    if bar is None:
+        return "-" if value is None else f"{value:.2f}"
+    return f"{_number(value)} / {bar:g} {'-' if meets is None else 'ok' if meets else 'MISS'}"
+
+
+def header(peers):
+    return ["regime", "size", "fastloss ms", *peers, "fastest peer", "ratio / bar", "roofline / bar"]
+
+
+def row(result, peers):
+    size = " x ".join(f"{n}" for n in result["shape"]) + f" {result['dtype']}"
+    ratios = result["ratios"]
+    fastest = result["fastest_peer"]
+    milliseconds = result["milliseconds"]
+    return [
+        result["name"],
+        size,
+        "-" if milliseconds is None else f"{milliseconds:.4g}",
+        *(_number(ratios.get(peer)) for peer in peers),
+        fastest or "-",
+        _verdict(ratios.get(fastest), result["bar"], result["meets_bar"]),
+        _verdict(result["roofline"], result["roofline_bar"], result["meets_roofline_bar"]),
+    ]
+
+
+def _widths(peers):
+    return [25, 30, 11, *(max(8, len(peer)) for peer in peers), 12, 16, 16]
+
+
+def plain_line(cells, peers):
+    widths = _widths(peers)
+    return "  ".join(
+        cell.ljust(width) if k < 2 else cell.rjust(width)
+        for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ).rstrip()
+
+
+def markdown(results, peers):
+    head = header(peers)
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *(row(result, peers) for result in results)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cpu():
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment(arguments, engines):
+    packages = {"python": platform.python_version(), "numpy": np.__version__}
+    for engine in engines:
+        packages.update(_engines.versions(engine))
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": f"{_cpu()}, {os.cpu_count()} CPUs",
+        "platform": platform.platform(),
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,
+        "packages": packages,
+    }
+
+
+def footer(facts):
+    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    return "\n".join(
+        [
+            "Engines: how many times as long as fastloss they take. Ratio: that of the fastest.",
+            f"{facts['cpu']}; {facts['threads']} threads for every engine; {facts['platform']}",
+            f"{facts['rounds']} rounds; each engine in its own process, in turn, after a pause of {1e3 * PAUSE:g} ms;"
+            f" OMP_WAIT_POLICY {facts['omp_wait_policy'] or 'not set'}; load average at the start {facts['load']:.2f}",
+            packages,
+            f"{facts['date']}: {facts['command']}",
+        ]
+    )
+
+
+def write_json(path, content):
+    """Under another name, then renamed: what lies there is whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def _chosen(names):
+    """The regimes whose names begin with one of these (all without names)."""
+    found = {}
+    for name in names or [""]:
+        matching = {k: r for k, r in _engines.REGIMES.items() if k.lower().startswith(name.lower())}
+        if not matching:
+            raise SystemExit(f"compare.py: no regime begins with {name!r}; --list names them")
+        found.update(matching)
+    return list(found.values())
+
+
+def _restrict_to(n_threads):
+    """Keep this process and its children to as many CPUs as threads: XLA takes one thread per CPU."""
+    if hasattr(os, "sched_setaffinity"):
+        available = sorted(os.sched_getaffinity(0))
+        if len(available) > n_threads:
+            os.sched_setaffinity(0, available[:n_threads])
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--regimes", nargs="+", metavar="NAME", help="those that begin with a NAME (default: all)")
+    parser.add_argument("--engines", nargs="+", choices=_engines.ENGINES, default=list(_engines.ENGINES))
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes: whether everything works, not how fast")
+    parser.add_argument("--list", action="store_true", help="name the regimes and exit")
+    parser.add_argument("--worker", choices=_engines.ENGINES, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    arguments = _parse(arguments)
+    if arguments.worker:
+        _engines.serve(arguments.worker, arguments.threads)
+        return 0
+    if arguments.list:
+        for regime in _engines.REGIMES.values():
+            bars = f"bar {regime.bar or '-'}, roofline {regime.roofline_bar or '-'}"
+            print(
+                f"{regime.name:26}{regime.operation:15}{' x '.join(map(str, regime.shape)):22}{regime.dtype:10}{bars}"
+            )
+        return 0
+    regimes = _chosen(arguments.regimes)
+    _restrict_to(arguments.threads)
+    engines = [name for name in arguments.engines if _engines.versions(name) is not None]
+    for name in sorted(set(arguments.engines) - set(engines)):
+        print(f"{name} is left out: {', '.join(_engines.ENGINES[name].packages)} not installed")
+    peers = [name for name in engines if name not in ("fastloss", "roofline")]
+    children = {name: Child(name, arguments.threads) for name in engines}
+    facts = environment(arguments, engines)
+    results = []
+    try:
+        if not arguments.markdown:
+            print(plain_line(header(peers), peers), flush=True)
+        for regime in regimes:
+            result = run_regime(regime, children, arguments.rounds, arguments.tiny)
+            results.append(result)
+            if not arguments.markdown:
+                print(plain_line(row(result, peers), peers), flush=True)
+            stream = sys.stderr if arguments.markdown else sys.stdout
+            for problem in result["problems"]:
+                print(f"  !!! {problem['engine']} {problem['what']}: {problem['message']}", file=stream, flush=True)
+            if result["other_cpus"] > OTHER_CPUS and not arguments.tiny:
+                print(
+                    f"  !!! other processes used {result['other_cpus']:.2f} CPUs meanwhile: measure again", file=stream
+                )
+            if arguments.json:
+                write_json(arguments.json, {"environment": facts, "regimes": results})
+    finally:
+        for child in children.values():
+            child.stop()
+    if arguments.markdown:
+        print(markdown(results, peers))
+    print("\n" + footer(facts))
+    problems = [problem for result in results for problem in result["problems"]]
+    return int(any(problem["what"] == "DISAGREES" or problem["engine"] == "fastloss" for problem in problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""softmax and log_softmax: values, axes, dtypes, layouts, special values. (Malformed calls: test_errors.py.)"""
+
+import math
+
+import numpy as np
+import pytest
+import references
+
+from fastloss import log_softmax, softmax
+
+INF, NAN = math.inf, math.nan
+CLASS_COUNTS = [1, 2, 7, 16, 17, 24, 25, 33, 257, 1000, 4097]
+FUNCTIONS = [(softmax, references.softmax), (log_softmax, references.log_softmax)]
+BOTH = pytest.mark.parametrize(("function", "reference"), FUNCTIONS, ids=["softmax", "log_softmax"])
+
+
+def assert_close(got, expected, dtype):
+    """dtype, shape, kind; values as closely as the float64 reference allows, or for float32 within 4e-6.
+
+    The last digits are counted in test_accuracy.py.
+    """
+    expected = np.asarray(expected)
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    assert isinstance(got, np.generic if expected.ndim == 0 else np.ndarray)
+    tiny = 2 * float(np.finfo(dtype).tiny)  # subnormal results may be 0
+    np.testing.assert_allclose(got, expected, rtol=4e-6 if np.dtype(dtype) == np.float32 else 1e-14, atol=tiny)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+class TestValues:
+    @pytest.mark.parametrize("n_rows", [0, 1, 2, 7, 8, 17])
+    @pytest.mark.parametrize("n_classes", CLASS_COUNTS)
+    def test_rows_by_classes(self, rng, frozen, function, reference, dtype, n_rows, n_classes):
+        x = frozen((rng.normal(size=(n_rows, n_classes)) * 4).astype(dtype))
+        assert_close(function(x), reference(x), dtype)
+
+    @pytest.mark.parametrize("shape", [(5,), (9, 40), (4, 5, 3), (2, 30, 3, 5), (3, 0, 2), (0,)], ids=str)
+    def test_every_axis(self, rng, frozen, function, reference, dtype, shape):
+        x = frozen((rng.normal(size=shape) * 4).astype(dtype))
+        for axis in range(-len(shape), len(shape)):
+            got = function(x, axis)
+            assert_close(got, reference(x, axis), dtype)
+            np.testing.assert_array_equal(function(x, dim=axis), got)
+            np.testing.assert_array_equal(function(x, axis=axis), got)
+
+    def test_a_number(self, function, reference, dtype):
+        for axis in (0, -1):
+            got = function(dtype(3.0), axis)
+            assert got == (1.0 if function is softmax else 0.0)
+            assert isinstance(got, dtype)
+
+    @pytest.mark.parametrize("offset", [1e4, -1e4, 3e38])
+    def test_far_from_zero(self, function, reference, dtype, offset):
+        x = np.array([[0.0, 1.0, -2.0, 0.5]] * 9, dtype) + dtype(offset)
+        assert_close(function(x), reference(x), dtype)
+
+
+@BOTH
+def test_many_rows_take_the_parallel_kernel(rng, frozen, function, reference):
+    x = frozen((rng.normal(size=(7001, 11)) * 4).astype(np.float32))
+    assert_close(function(x), reference(x), np.float32)
+
+
+@BOTH
+class TestDtypes:
+    @pytest.mark.parametrize("shape", [(9, 5), (9, 40)], ids=str)
+    def test_halves(self, rng, function, reference, shape):
+        x = rng.normal(size=shape).astype(np.float16)
+        assert_close(function(x), reference(x), np.float32)
+        np.testing.assert_array_equal(function(x), function(x.astype(np.float32)))
+
+    def test_bfloat16(self, rng, function, reference):
+        ml_dtypes = pytest.importorskip("ml_dtypes")
+        x = rng.normal(size=(9, 5)).astype(ml_dtypes.bfloat16)
+        assert_close(function(x), reference(x), np.float32)
+
+    @pytest.mark.parametrize("dtype", [np.int8, np.uint64, np.bool_, np.int32], ids=lambda d: np.dtype(d).name)
+    def test_integers(self, rng, function, reference, dtype):
+        x = rng.integers(0, 2 if dtype is np.bool_ else 50, size=(9, 5)).astype(dtype)
+        for axis in (0, 1):
+            assert_close(function(x, axis), reference(x, axis), np.float64)
+
+    def test_array_likes(self, function, reference):
+        assert_close(function([[0.0, 1.0], [2.0, -1.0]]), reference(np.array([[0.0, 1.0], [2.0, -1.0]])), np.float64)
+        assert type(function(np.ma.MaskedArray([0.0, 1.0]))) is np.ndarray
+
+
+@BOTH
+class TestLayouts:
+    @pytest.mark.parametrize("shape", [(13,), (10, 13), (9, 40), (3, 5, 7)], ids=str)
+    def test_same_bits(self, rng, layout, function, reference, shape):
+        x = (rng.normal(size=shape) * 4).astype(np.float32)
+        for axis in range(len(shape)):
+            expected = function(x, axis)
+            np.testing.assert_array_equal(function(layout(x), axis), expected, strict=True)
+
+    def test_zero_strides(self, rng, frozen, function, reference):
+        x = np.broadcast_to(frozen(rng.normal(size=(6, 1, 7)).astype(np.float32)), (6, 5, 7))
+        for axis in range(3):
+            np.testing.assert_array_equal(function(x, axis), function(x.copy(), axis))
+
+    @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0)], ids=str)
+    def test_the_result_has_the_memory_order_of_the_input(self, rng, function, reference, order):
+        x = rng.normal(size=(3, 5, 7)).astype(np.float32).transpose(order)
+        assert function(x, 1).strides == x.strides
+
+    def test_the_result_is_new_writeable_memory(self, frozen, function, reference):
+        x = frozen(np.zeros((3, 4), np.float32))
+        got = function(x)
+        assert got.flags.writeable
+        assert not np.shares_memory(got, x)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n_rows", [1, 9], ids=["in_rows", "in_planes"])
+class TestSpecialValues:
+    @pytest.mark.parametrize(
+        ("row", "probabilities"),
+        [
+            ([0.0, -INF, 0.0], [0.5, 0.0, 0.5]),
+            ([-INF, 5.0, -INF], [0.0, 1.0, 0.0]),
+            ([-INF, -INF, -INF], [NAN, NAN, NAN]),
+            ([0.0, INF, 0.0], [NAN, NAN, NAN]),
+            ([0.0, INF, INF], [NAN, NAN, NAN]),
+            ([0.0, NAN, 0.0], [NAN, NAN, NAN]),
+            ([NAN, NAN, NAN], [NAN, NAN, NAN]),
+            ([NAN, -INF, INF], [NAN, NAN, NAN]),
+            ([-INF, -INF, NAN], [NAN, NAN, NAN]),
+            ([1e30, -1e30, 0.0], [1.0, 0.0, 0.0]),
+        ],
+    )
+    @pytest.mark.parametrize("n_classes", [3, 30, 300])
+    def test_rows(self, dtype, n_rows, row, probabilities, n_classes):
+        padding = [-INF] * (n_classes - 3)
+        x = np.array([padding + row] * n_rows, dtype)
+        is_nan = math.isnan(probabilities[0])
+        expected = np.array([(NAN if is_nan else 0.0)] * len(padding) + probabilities)
+        np.testing.assert_array_equal(softmax(x), np.tile(expected, (n_rows, 1)))
+        logarithms = log_softmax(x)
+        np.testing.assert_array_equal(np.isnan(logarithms), np.isnan(x) | is_nan)
+        if not is_nan:
+            masked = np.isneginf(x)
+            assert np.isneginf(logarithms[masked]).all()
+            assert np.isfinite(logarithms[~masked]).all()
+
+    def test_a_confident_class_keeps_its_digits(self, dtype, n_rows):
+        x = np.array([[0.0, -40.0, -INF]] * n_rows, dtype)
+        expected = -math.log1p(math.exp(-40))
+        np.testing.assert_allclose(log_softmax(x)[:, 0], expected, rtol=4 * np.finfo(dtype).eps)
+
+    def test_nan_stays_in_its_row(self, dtype, n_rows):
+        x = np.zeros((n_rows + 1, 4), dtype)
+        x[0, 2] = NAN
+        got = softmax(x)
+        assert np.isnan(got[0]).all()
+        np.testing.assert_array_equal(got[1:], 0.25)

@@ -1,0 +1,153 @@
+"""exp, log1p and log of vectors against mpmath, in units in the last place.
+
+The bounds are the worst errors that were measured, rounded up.
+"""
+
+import math
+
+import mpmath
+import numba
+import numpy as np
+import pytest
+import references
+
+from fastloss._kernels._simd import lanes, load, store
+from fastloss._kernels._vecmath import LOG1P_LIMIT, exp, log, log1p
+
+INF, NAN = math.inf, math.nan
+
+
+@numba.njit
+def _exp(x, out):
+    like = x[0]
+    for i in range(0, len(x), lanes(like)):
+        store(out, i, exp(load(x, i, like)))
+
+
+@numba.njit
+def _log1p(x, out):
+    like = x[0]
+    for i in range(0, len(x), lanes(like)):
+        store(out, i, log1p(load(x, i, like)))
+
+
+@numba.njit
+def _log(x, out):
+    like = x[0]
+    for i in range(0, len(x), lanes(like)):
+        store(out, i, log(load(x, i, like)))
+
+
+def apply(loop, values, dtype):
+    """A vector function on any number of values."""
+    values = np.asarray(values, dtype)
+    padded = np.zeros(-(-len(values) // 16) * 16, dtype)
+    padded[: len(values)] = values
+    out = np.full_like(padded, 7)
+    loop(padded, out)
+    return out[: len(values)]
+
+
+def worst_error(loop, exact, values, dtype):
+    values = np.asarray(values, dtype)
+    got = apply(loop, values, dtype)
+    with mpmath.workdps(50):
+        expected = [exact(mpmath.mpf(float(v))) for v in values]
+    return max(references.ulp_error(got, expected, dtype))
+
+
+LOWEST = {np.float32: -87.3, np.float64: -708.3}  # where exp's results end to be normal numbers
+HIGHEST = {np.float32: 88.0, np.float64: 709.0}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+class TestExp:
+    @pytest.mark.parametrize("scale", [1.0, 1e-2, 1e-6, 1e-12, 1e-30])
+    def test_error(self, rng, dtype, scale):
+        values = np.concatenate([rng.uniform(LOWEST[dtype], HIGHEST[dtype], 3000), rng.normal(size=1000)]) * scale
+        assert worst_error(_exp, mpmath.exp, values, dtype) < 1.0
+
+    def test_error_at_the_borders_of_the_reduction(self, dtype):
+        """Around the odd multiples of ln(2) / 2, where the argument of the polynomial is largest."""
+        middle = (np.arange(-120, 120) + 0.5) * math.log(2)
+        values = np.concatenate([middle * (1 + k * np.finfo(dtype).eps) for k in range(-3, 4)])
+        assert worst_error(_exp, mpmath.exp, values, dtype) < 1.0
+
+    def test_exact_values(self, dtype):
+        np.testing.assert_array_equal(apply(_exp, [0.0, -0.0, -INF, -1e30, -1e4], dtype), [1.0, 1.0, 0.0, 0.0, 0.0])
+
+    def test_overflow_is_not_finite(self, dtype):
+        got = apply(_exp, [INF, 1e30, 1e4], dtype)
+        assert not np.isfinite(got).any()
+        assert (np.isnan(got) | (got > 0)).all()
+
+    def test_never_negative_and_never_above_the_truth_where_it_fades(self, dtype):
+        values = np.linspace(LOWEST[dtype] - 30, LOWEST[dtype], 5000)
+        got = apply(_exp, values, dtype)
+        assert (got >= 0).all()
+        assert (got <= 2.1 * float(np.finfo(dtype).tiny)).all()
+
+    def test_nan_of_every_kind(self, dtype):
+        kinds = {
+            np.float32: np.array([0x7FC00000, 0x7FC00001, 0xFFFFFFFF, 0x7FFFFFFF, 0xFFC00000, 0xFFC12345], np.uint32),
+            np.float64: np.array(
+                [0x7FF8000000000000, 0x7FF8000000000001, 0xFFFFFFFFFFFFFFFF, 0x7FFFFFFFFFFFFFFF, 0xFFF8000000000000],
+                np.uint64,
+            ),
+        }[dtype]
+        values = np.zeros(16, kinds.dtype)
+        values[: len(kinds)] = kinds
+        out = np.zeros(16, dtype)
+        for loop in (_exp, _log1p, _log) if dtype is np.float64 else (_exp, _log1p):
+            loop(values.view(dtype), out)
+            assert np.isnan(out[: len(kinds)]).all()
+            assert not np.isnan(out[len(kinds) :]).any() or loop is _log
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+class TestLog1p:
+    BOUND = 0.8
+
+    @pytest.mark.parametrize(
+        "exponents",
+        [(-40, -20), (-20, -4), (-4, 1), (-1, 1), (1, 10), (10, 125)],
+        ids=lambda e: f"2**{e[0]}..2**{e[1]}",
+    )
+    def test_error(self, rng, dtype, exponents):
+        values = np.exp2(rng.uniform(*exponents, 3000))
+        assert worst_error(_log1p, mpmath.log1p, values, dtype) < self.BOUND
+
+    def test_error_at_the_borders_of_the_reduction(self, dtype):
+        """Around 1 + s = 3/4 * 2**k, where the argument of the polynomial is largest."""
+        middle = 0.75 * np.exp2(np.arange(1, 40)) - 1
+        values = np.concatenate([middle * (1 + k * np.finfo(dtype).eps) for k in range(-3, 4)])
+        assert worst_error(_log1p, mpmath.log1p, values, dtype) < self.BOUND
+
+    def test_tiny_arguments_are_their_own_logarithm(self, dtype):
+        values = np.array([0.0, 1e-20, 1e-30, np.finfo(dtype).tiny], dtype)
+        np.testing.assert_array_equal(apply(_log1p, values, dtype), values)
+
+    def test_the_limit(self, dtype):
+        values = [LOG1P_LIMIT, np.nextafter(dtype(LOG1P_LIMIT), dtype(0))]
+        assert worst_error(_log1p, mpmath.log1p, values, dtype) < self.BOUND
+
+
+class TestLog:
+    BOUND = 0.8
+
+    @pytest.mark.parametrize("exponents", [(-1, 1), (-10, 10), (-1022, 1023), (-0.01, 0.01)], ids=str)
+    def test_error(self, rng, exponents):
+        values = np.exp2(rng.uniform(*exponents, 3000))
+        assert worst_error(_log, mpmath.log, values, np.float64) < self.BOUND
+
+    def test_error_near_one(self):
+        values = [1 + k * 2.0**-52 for k in range(-40, 40)]
+        assert worst_error(_log, mpmath.log, values, np.float64) < self.BOUND
+
+    def test_subnormal_numbers(self, rng):
+        values = np.ldexp(rng.random(500), rng.integers(-1073, -1021, 500))
+        assert worst_error(_log, mpmath.log, values[values > 0], np.float64) < self.BOUND
+
+    def test_special_values(self):
+        got = apply(_log, [1.0, 0.0, -0.0, INF, -1.0, -INF, NAN, -5e-324], np.float64)
+        np.testing.assert_array_equal(got, [0.0, -INF, -INF, INF, NAN, NAN, NAN, NAN])

@@ -4,8 +4,8 @@
 * One parallel region at a time. A caller that finds it busy computes serially, in its own thread, without waiting: no
   oversubscription, and Numba's workqueue layer, which ends the process when two threads enter it, is never entered
   twice.
-* A forked child of a process that has started GNU OpenMP threads computes serially: that layer ends the child
-otherwise. * ``numba.set_num_threads`` is respected, and never called.
+* A forked child of a process that has started GNU OpenMP threads computes serially: that layer would end the child.
+* ``numba.set_num_threads`` is respected, and never called.
 """
 
 import os

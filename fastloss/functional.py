@@ -524,7 +524,8 @@ def _index_loss(
     out = np.empty(target.shape if wants_rows else 0, dtype)
     total, weight_sum, kept = 0.0, 0.0, 0
     if target.size:
-        weight = _padded_weights(weights, n_classes, dtype)
+        reads_weights = weights is not None or is_nll or label_smoothing > 0
+        weight = _padded_weights(weights, n_classes if reads_weights else 0, dtype)
         options = _index_options(target, ignore_index, weights is not None, wants_rows)
         totals = _new_totals()
         inputs = (_views.Operand(logits, axis), _views.Operand(target, is_index=True))

@@ -18,7 +18,7 @@ EPS = float(np.finfo(np.float32).eps)
 N_CLASSES = st.sampled_from([1, 2, 5, 16, 23, 25, 40])
 N_ROWS = st.integers(1, 21)
 SMALL = st.floats(-60, 60, width=32)
-ANY = st.one_of(SMALL, st.sampled_from([-INF, INF, math.nan, -1e30, 1e30, 0.0, 88.0, -88.0]))
+ANY = st.one_of(SMALL, st.sampled_from([-INF, INF, math.nan, -(2.0**100), 2.0**100, 0.0, 88.0, -88.0]))
 # Differences of these, shifted or not, are exact in float32.
 EIGHTHS = st.integers(-400, 400).map(lambda n: n / 8)
 
@@ -190,8 +190,8 @@ class TestRelations:
     def test_softmax_is_a_distribution(self, problem):
         x, _, _ = problem
         total = softmax(x).astype(float).sum(axis=1)
-        # Errors in proportion to |x - max|, up to 120 half units, but only where the probability is small.
-        np.testing.assert_allclose(total, 1, rtol=8 * EPS)
+        # 4 ulp of each, so 4 of the sum.
+        np.testing.assert_allclose(total, 1, rtol=4 * EPS)
 
     @given(problems())
     def test_cross_entropy_is_nll_loss_of_log_softmax(self, problem):

@@ -62,7 +62,7 @@ def _is_ours(path: Path) -> bool:
     return not hasattr(os, "getuid") or path.stat().st_uid in (os.getuid(), 0)
 
 
-class DiskCache(_Cache):  # type: ignore[misc]
+class DiskCache(_Cache):  # type: ignore[misc] # Numba has no types, so its base class is Any
     """The cache of one kernel, as Numba's dispatchers use it."""
 
     def __init__(self, name: str) -> None:

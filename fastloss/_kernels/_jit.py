@@ -13,7 +13,7 @@ from numba.core.typed_passes import NativeLowering
 
 from fastloss._cache import DiskCache
 
-__all__ = ["Kernel", "inline", "subroutine"]
+__all__ = ["Kernel", "allocating", "inline", "subroutine"]
 
 # Division by zero follows IEEE arithmetic instead of raising. No fast-math flag, here or anywhere: the order and the
 # rounding of every operation are those of the source.
@@ -69,11 +69,20 @@ def _helper(function, **options):
 
 def inline(function):
     """Compile a function for compiled code to call, always inlined: what runs per vector or per row."""
-    return _helper(function, forceinline=True)
+    return _helper(function, forceinline=True, _nrt=False)
 
 
 def subroutine(function):
-    """Compile a function for compiled code to call, never inlined: what runs per tile, or rarely."""
+    """Compile a function for compiled code to call, never inlined: what runs per tile, or rarely.
+
+    Without reference counts, as :func:`inline`: Numba counts each array argument of each call, with an atomic addition
+    that the threads contend for, and the registers spilled around it. So neither may allocate.
+    """
+    return _helper(function, _nrt=False)
+
+
+def allocating(function):
+    """:func:`subroutine` that may allocate: what runs once per thread."""
     return _helper(function)
 
 

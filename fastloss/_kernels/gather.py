@@ -4,13 +4,13 @@ import numpy as np
 from numba import prange
 
 from fastloss._kernels import tiles
-from fastloss._kernels._jit import Kernel, subroutine
+from fastloss._kernels._jit import Kernel, allocating, subroutine
 from fastloss._kernels._simd import load_one, next_task
 from fastloss._kernels.losses import collect, deliver
 from fastloss._kernels.sums import STATE_SIZE
 
 
-@subroutine
+@allocating
 def _work(counter, totals, counts, x, target, weight, out, geometry, options):
     like = weight[0]
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)

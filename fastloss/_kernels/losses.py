@@ -12,7 +12,7 @@ import numpy as np
 from numba import prange
 
 from fastloss._kernels import planes, rows, tiles
-from fastloss._kernels._jit import Kernel, inline, subroutine
+from fastloss._kernels._jit import Kernel, allocating, inline, subroutine
 from fastloss._kernels._simd import lanes, load, load_one, next_task, scalar, store
 from fastloss._kernels._vecmath import LOG1P_LIMIT, log1p
 from fastloss._kernels.sums import STATE_SIZE, add_block, add_state, rounded
@@ -108,7 +108,7 @@ def collect(totals, states, counts):
 def _cross_entropy(name, tile_sums):
     """Cross-entropy with index targets."""
 
-    @subroutine
+    @allocating
     def work(counter, totals, counts, x, target, weight, out, geometry, options):
         like = weight[0]
         n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
@@ -176,7 +176,7 @@ def _smoothed_cross_entropy(name, tile_sums):
     the terms relative to the target would cancel.
     """
 
-    @subroutine
+    @allocating
     def work(counter, totals, counts, x, target, weight, out, geometry, options, smoothing):
         like = weight[0]
         n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
@@ -240,7 +240,7 @@ def _probabilities(name, tile_sums):
     nothing cancels where weights and probabilities are not negative, so a small loss keeps its digits.
     """
 
-    @subroutine
+    @allocating
     def work(counter, totals, x, y, weight, out, geometry, options, keep, spread):
         like = weight[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING
@@ -292,7 +292,7 @@ def _probabilities(name, tile_sums):
 def _logsumexp(name, tile_sums):
     """Log-sum-exp: the maximum plus log1p of the other terms' sum."""
 
-    @subroutine
+    @allocating
     def work(counter, x, out, geometry):
         like = out[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING

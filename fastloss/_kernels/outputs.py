@@ -4,7 +4,7 @@ import numpy as np
 from numba import prange
 
 from fastloss._kernels import planes, rows, tiles
-from fastloss._kernels._jit import Kernel, subroutine
+from fastloss._kernels._jit import Kernel, allocating, subroutine
 from fastloss._kernels._simd import next_task
 from fastloss._kernels.losses import log1p_all
 
@@ -16,7 +16,7 @@ def _softmax(name, tile_sums, write_tile):
     negative, so nothing cancels). Memory passes: the tile is read twice more from the cache and written once.
     """
 
-    @subroutine
+    @allocating
     def work(counter, x, out, geometry, is_log):
         like = out[0]
         width = geometry[tiles.TILE_ROWS] + tiles.PADDING

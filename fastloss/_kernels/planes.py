@@ -11,7 +11,7 @@ them, so its slots repeat rows of the vector before (:func:`row_of`), and no loa
 import numpy as np
 
 from fastloss._kernels import tiles
-from fastloss._kernels._jit import inline, subroutine
+from fastloss._kernels._jit import allocating, inline, subroutine
 from fastloss._kernels._simd import (
     fma,
     integer_like,
@@ -123,7 +123,7 @@ def _add_block(totals, sums, n_slots):
         totals[slot] += np.float64(sums[slot])
 
 
-@subroutine
+@allocating
 def make_scratch(width, like):
     """Per-thread memory of both tile functions, in the dtype of ``like``: lanes, values and float64 values."""
     n_lanes = lanes(like[0])

@@ -4,7 +4,7 @@ import numpy as np
 from numba import prange
 
 from fastloss._kernels import planes, tiles
-from fastloss._kernels._jit import Kernel, inline, subroutine
+from fastloss._kernels._jit import Kernel, allocating, inline, subroutine
 from fastloss._kernels._simd import first_lane, fma, lanes, load, next_task, scalar, splat, store, where
 from fastloss._kernels._vecmath import exp, log
 from fastloss._kernels.losses import collect
@@ -39,7 +39,7 @@ def _source(array, geometry, which, start, n, offsets, stage, n_lanes):
     return stage, offsets[0] * 0
 
 
-@subroutine
+@allocating
 def _work(counter, totals, x, y, out, geometry, options, log_target):
     like = out[0]
     width = geometry[tiles.TILE_ROWS] + tiles.PADDING

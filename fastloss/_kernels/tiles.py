@@ -11,7 +11,7 @@ lies, its class stride, and its strides along the axes, counted in elements (in 
 
 import numpy as np
 
-from fastloss._kernels._jit import inline, subroutine
+from fastloss._kernels._jit import allocating, inline, subroutine
 from fastloss._kernels._simd import load_integer
 
 N_ROWS, N_CLASSES, TILE_ROWS, N_TILES, RUN, N_AXES = range(6)
@@ -38,7 +38,7 @@ KEPT, BAD = range(2)
 TARGET_KINDS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
-@subroutine
+@allocating
 def aligned(n, like):
     """Scratch for ``n`` elements of the dtype of the array ``like``, not initialised, on a cache line's border.
 

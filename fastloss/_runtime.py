@@ -13,7 +13,9 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import numba
+import numpy as np
 
+from fastloss._kernels.driver import LEDGER_SIZE
 from fastloss._kernels.tiles import N_TILES
 from fastloss._validation import Array
 
@@ -45,7 +47,23 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-def run(kernel: "Kernel", n_elements: int, geometry: Array, *args: Any) -> Any:
+def new_ledger() -> Array:
+    """Where a kernel keeps its exact sums and counts, from call to call; see :mod:`fastloss._kernels.driver`."""
+    return np.zeros((1, LEDGER_SIZE), np.int64)
+
+
+def run(
+    kernel: "Kernel",
+    n_elements: int,
+    ledger: Array,
+    x: Array,
+    y: Array,
+    weight: Array,
+    out: Array,
+    geometry: Array,
+    keep: float = 1.0,
+    spread: float = 0.0,
+) -> Any:
     """Run a kernel over the tiles of a geometry, in parallel where that pays and is allowed."""
     n_tiles = int(geometry[N_TILES])
     if n_elements >= PARALLEL_THRESHOLD and n_tiles > 1 and not _serial_only and _region.acquire(blocking=False):
@@ -53,7 +71,10 @@ def run(kernel: "Kernel", n_elements: int, geometry: Array, *args: Any) -> Any:
         try:
             n_workers = min(numba.get_num_threads(), n_tiles)
             if n_workers > 1:
-                return kernel.parallel(n_workers, *args)
+                ledgers = np.concatenate([ledger, np.zeros((n_workers - 1, LEDGER_SIZE), np.int64)])
+                found = kernel.parallel(n_workers, ledgers, x, y, weight, out, geometry, keep, spread)
+                ledger[0] = ledgers[0]
+                return found
         finally:
             region.release()
-    return kernel.serial(1, *args)
+    return kernel.serial(1, ledger, x, y, weight, out, geometry, keep, spread)

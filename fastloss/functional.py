@@ -474,27 +474,17 @@ def _padded_weights(weights: Array | None, n_classes: int, dtype: np.dtype[Any])
 
 
 @functools.lru_cache(maxsize=64)
-def _options(*values: int) -> Array:
-    """The options of a kernel; see :mod:`fastloss._kernels.tiles`."""
-    return np.array(values, np.int64)
-
-
-def _index_options(target: Array, ignore_index: int, weighted: bool, wants_rows: bool) -> Array:
+def _index_options(dtype: np.dtype[Any], ignore_index: int, weighted: bool, wants_rows: bool) -> _views.Options:
+    """The options of a kernel with index targets of this dtype."""
     from fastloss._kernels.tiles import TARGET_KINDS
 
-    dtype = np.dtype(np.uint8) if target.dtype == bool else target.dtype
-    limits = np.iinfo(dtype)
-    low, high = (0, 1) if target.dtype == bool else (int(limits.min), int(limits.max))
+    integer = np.dtype(np.uint8) if dtype == bool else dtype
+    limits = np.iinfo(integer)
+    low, high = (0, 1) if dtype == bool else (int(limits.min), int(limits.max))
     has_ignore = low <= ignore_index <= high
     bits = (ignore_index + 2**63) % 2**64 - 2**63 if has_ignore else 0
-    kind = TARGET_KINDS.index(f"{'u' if dtype.kind == 'u' else ''}int{8 * dtype.itemsize}")
-    return _options(kind, has_ignore, bits, weighted, wants_rows, not wants_rows)
-
-
-def _new_totals() -> Array:
-    from fastloss._kernels.sums import STATE_SIZE
-
-    return np.zeros((2, STATE_SIZE), np.int64)
+    kind = TARGET_KINDS.index(f"{'u' if integer.kind == 'u' else ''}int{8 * integer.itemsize}")
+    return _views.Options(kind, has_ignore, bits, weighted, wants_rows, not wants_rows)
 
 
 def _is_in_rows(array: Array, axis: int, n_rows: int) -> bool:
@@ -524,30 +514,30 @@ def _index_loss(
     out = np.empty(target.shape if wants_rows else 0, dtype)
     total, weight_sum, kept = 0.0, 0.0, 0
     if target.size:
-        reads_weights = weights is not None or is_nll or label_smoothing > 0
+        reads_weights = weights is not None or label_smoothing > 0
+        keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
         weight = _padded_weights(weights, n_classes if reads_weights else 0, dtype)
-        options = _index_options(target, ignore_index, weights is not None, wants_rows)
-        totals = _new_totals()
+        options = _index_options(target.dtype, ignore_index, weights is not None, wants_rows)
+        ledger = _runtime.new_ledger()
         inputs = (_views.Operand(logits, axis), _views.Operand(target, is_index=True))
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
             x, rows = operands[0].array, operands[1].array.shape
             n_rows = math.prod(rows)
             in_rows = _is_in_rows(x, axis, n_rows)
             tile = _views.tile_rows(n_rows, n_classes, in_rows and not is_nll)
-            (flat, labels, result), table = _views.lay_out(rows, n_classes, tile, operands)
-            arguments = (totals, flat, labels, weight, result, table, options)
+            (flat, labels, result), table = _views.lay_out(rows, n_classes, tile, operands, options)
             if is_nll:
-                found = _runtime.run(gather.nll, _GATHER_COST * n_rows, table, *arguments)
+                kernel = gather.nll
             elif label_smoothing:
                 kernel = losses.smoothed_rows if in_rows else losses.smoothed_planes
-                found = _runtime.run(kernel, x.size, table, *arguments, label_smoothing)
             else:
                 kernel = losses.cross_entropy_rows if in_rows else losses.cross_entropy_planes
-                found = _runtime.run(kernel, x.size, table, *arguments)
-            total, weight_sum, n_kept, bad = found
+            size = _GATHER_COST * n_rows if is_nll else x.size
+            total, weight_sum, kept, bad = _runtime.run(
+                kernel, size, ledger, flat, labels, weight, result, table, keep, spread
+            )
             if bad:
                 _validation.target_out_of_range(target, n_classes, ignore_index)
-            kept += n_kept
     if wants_rows:
         return out[()]
     if reduction == "mean":
@@ -582,8 +572,8 @@ def _probability_loss(
     total = 0.0
     if logits.size:
         weight = _padded_weights(weights, n_classes, dtype)
-        totals = _new_totals()
-        options = _options(0, 0, 0, 0, wants_rows, not wants_rows)
+        ledger = _runtime.new_ledger()
+        options = _views.Options(wants_rows=wants_rows, wants_sum=not wants_rows)
         keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
         inputs = (_views.Operand(logits, axis), _views.Operand(target, axis))
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
@@ -592,11 +582,9 @@ def _probability_loss(
             n_rows = math.prod(rows)
             in_rows = _is_in_rows(x, axis, n_rows)
             tile = _views.tile_rows(n_rows, n_classes, in_rows)
-            (flat, y, result), table = _views.lay_out(rows, n_classes, tile, operands)
+            (flat, y, result), table = _views.lay_out(rows, n_classes, tile, operands, options)
             kernel = losses.probabilities_rows if in_rows else losses.probabilities_planes
-            total, _, _, _ = _runtime.run(
-                kernel, x.size, table, totals, flat, y, weight, result, table, options, keep, spread
-            )
+            total, _, _, _ = _runtime.run(kernel, x.size, ledger, flat, y, weight, result, table, keep, spread)
     if wants_rows:
         return out[()]
     if reduction == "mean":
@@ -619,15 +607,13 @@ def _kl_pointwise(
     out = np.empty(shape if wants_rows else 0, dtype)
     total = 0.0
     if math.prod(shape):
-        totals = _new_totals()
-        options = _options(0, 0, 0, 0, wants_rows, not wants_rows)
+        ledger = _runtime.new_ledger()
+        options = _views.Options(wants_rows=wants_rows, wants_sum=not wants_rows, is_log=log_target)
         inputs = tuple(_views.Operand(np.broadcast_to(a, shape)) for a in (log_probabilities, target))
         for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
             rows = operands[0].array.shape
-            (x, y, result), table = _views.lay_out(rows, 1, _views.ELEMENT_TILE, operands)
-            total, _, _, _ = _runtime.run(
-                pointwise.kl, math.prod(rows), table, totals, x, y, result, table, options, log_target
-            )
+            (x, y, result), table = _views.lay_out(rows, 1, _views.ELEMENT_TILE, operands, options)
+            total, _, _, _ = _runtime.run(pointwise.kl, math.prod(rows), ledger, x, y, result, result, table)
     return total, out
 
 
@@ -656,9 +642,9 @@ def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Ar
         n_rows = x.size // n_classes
         in_rows = _is_in_rows(x, len(shape), n_rows)
         tile = _views.tile_rows(n_rows, n_classes, in_rows)
-        (flat, result), table = _views.lay_out(x.shape[:-1], n_classes, tile, operands)
+        (flat, result), table = _views.lay_out(x.shape[:-1], n_classes, tile, operands, _views.Options())
         kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes
-        _runtime.run(kernel, x.size, table, flat, result, table)
+        _runtime.run(kernel, x.size, _runtime.new_ledger(), flat, result, result, result, table)
     return out
 
 
@@ -681,7 +667,8 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
             n_rows = math.prod(rows)
             in_rows = _is_in_rows(x, axis, n_rows)
             tile = _views.tile_rows(n_rows, n_classes, in_rows)
-            (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, operands)
+            options = _views.Options(is_log=is_log)
+            (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, operands, options)
             kernel = outputs.softmax_rows if in_rows else outputs.softmax_planes
-            _runtime.run(kernel, x.size, table, flat, flat_out, table, is_log)
+            _runtime.run(kernel, x.size, _runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
     return out[()]

@@ -28,19 +28,23 @@ from numba.extending import intrinsic, models, register_model
 
 __all__ = [
     "any_lane",
+    "copy",
     "first_lane",
     "fma",
     "from_bits",
     "integer_like",
     "iota",
+    "lane_steps",
     "lanes",
     "load",
     "load_columns",
     "load_integer",
+    "load_integers",
     "load_one",
     "negative_zeros_like",
     "next_task",
     "polynomial",
+    "prefetch",
     "scalar",
     "splat",
     "store",
@@ -326,6 +330,40 @@ def load(typingctx, array, index, like):
 
 
 @intrinsic
+def copy(typingctx, array, index, source, at, like):
+    """Copy ``lanes(like)`` elements, as they are, from one array to another of its dtype."""
+    count = Vector.of(like).count
+
+    def codegen(context, builder, sig, args):
+        value = builder.load(
+            _element_pointer(context, builder, source, args[2], args[3], count), align=source.dtype.bitwidth // 8
+        )
+        pointer = _element_pointer(context, builder, array, args[0], args[1], count)
+        builder.store(value, pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, source, types.int64, like), codegen
+
+
+@intrinsic
+def prefetch(typingctx, array, index, distance):
+    """Ask for the cache line ``distance`` bytes behind an element. It may lie outside the array: nothing is read."""
+
+    def codegen(context, builder, sig, args):
+        byte = ir.IntType(8).as_pointer()
+        i32 = ir.IntType(32)
+        element = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
+        address = builder.gep(builder.bitcast(element, byte), [args[2]])
+        hint = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]), "llvm.prefetch.p0"
+        )
+        builder.call(hint, [address, i32(0), i32(3), i32(1)])  # read, keep in every cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64), codegen
+
+
+@intrinsic
 def load_columns(typingctx, array, offsets, first, column, like):
     """Four vectors, the elements ``column .. column + 4`` of ``lanes(like)`` rows that begin at ``offsets[first:]``.
 
@@ -401,6 +439,43 @@ def load_integer(typingctx, data, offset, like):
 
 
 @intrinsic
+def load_integers(typingctx, data, offset, like):
+    """A vector of int64 from as many integers of the type of ``like``, ``offset`` bytes into ``data``, aligned or not."""
+    vector = Vector.of(types.int64)
+
+    def codegen(context, builder, sig, args):
+        array = context.make_array(data)(context, builder, args[0])
+        count = vector.count
+        if config.BOUNDSCHECK:
+            nbytes = builder.mul(array.nitems, array.itemsize)
+            end = builder.add(args[1], ir.Constant(args[1].type, count * like.bitwidth // 8))
+            outside = builder.or_(
+                builder.icmp_signed("<", args[1], ir.Constant(args[1].type, 0)), builder.icmp_signed(">", end, nbytes)
+            )
+            with builder.if_then(outside, likely=False):
+                context.call_conv.return_user_exc(builder, IndexError, ("integers outside their array",))
+        pointer = builder.gep(builder.bitcast(array.data, ir.IntType(8).as_pointer()), [args[1]])
+        integers = ir.VectorType(ir.IntType(like.bitwidth), count)
+        value = builder.load(builder.bitcast(pointer, integers.as_pointer()), align=1)
+        if like.bitwidth == 64:
+            return value
+        return (builder.sext if like.signed else builder.zext)(value, _vector_ir(vector))
+
+    return vector(data, types.int64, like), codegen
+
+
+@intrinsic
+def lane_steps(typingctx, step):
+    """The int64 vector 0, step, 2 step, ..."""
+    vector = Vector.of(types.int64)
+
+    def codegen(context, builder, sig, args):
+        return builder.mul(_constant(vector, range(vector.count)), _splat_ir(builder, vector, args[0]))
+
+    return vector(types.int64), codegen
+
+
+@intrinsic
 def integer_like(typingctx, value, like):
     """The low bits of an int64 as an integer as wide as the float ``like``."""
     integer = Vector.of(like).integer.dtype
@@ -413,15 +488,18 @@ def integer_like(typingctx, value, like):
 
 @intrinsic
 def store(typingctx, array, index, value):
-    """Write a vector to the 1-D contiguous ``array`` from ``index`` on, as its float type if that differs."""
+    """Write a vector to the 1-D contiguous ``array`` from ``index`` on, as its float type, or int64 as int32."""
     both_float = isinstance(array.dtype, types.Float) and value.is_float
-    if array.dtype != value.dtype and not both_float:
+    narrows = (value.dtype, array.dtype) == (types.int64, types.int32)
+    if array.dtype != value.dtype and not both_float and not narrows:
         raise TypeError(f"a vector of {value.dtype} does not go into an array of {array.dtype}")
 
     def codegen(context, builder, sig, args):
         pointer = _element_pointer(context, builder, array, args[0], args[1], value.count)
         stored = args[2]
-        if array.dtype != value.dtype:
+        if narrows:
+            stored = builder.trunc(stored, ir.VectorType(ir.IntType(32), value.count))
+        elif array.dtype != value.dtype:
             convert = builder.fptrunc if array.dtype == types.float32 else builder.fpext
             stored = convert(stored, ir.VectorType(_scalar_ir(array.dtype), value.count))
         builder.store(stored, pointer, align=array.dtype.bitwidth // 8)

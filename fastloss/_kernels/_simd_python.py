@@ -7,19 +7,23 @@ import numpy as np
 
 __all__ = [
     "any_lane",
+    "copy",
     "first_lane",
     "fma",
     "from_bits",
     "integer_like",
     "iota",
+    "lane_steps",
     "lanes",
     "load",
     "load_columns",
     "load_integer",
+    "load_integers",
     "load_one",
     "negative_zeros_like",
     "next_task",
     "polynomial",
+    "prefetch",
     "scalar",
     "splat",
     "store",
@@ -72,6 +76,17 @@ def load_columns(array, offsets, first, column, like):
     return tuple(array[starts + i] for i in range(4))
 
 
+def copy(array, index, source, at, like):
+    count = lanes(like)
+    if min(index, at) < 0 or index > len(array) - count or at > len(source) - count:
+        raise IndexError("vector outside its array")
+    array[index : index + count] = source[at : at + count]
+
+
+def prefetch(array, index, distance):
+    pass
+
+
 def load_one(array, index, like):
     return _load(array, index, 1, _dtype(like))[0]
 
@@ -94,6 +109,18 @@ def load_integer(data, offset, like):
     return data[offset : offset + size].view(type(like))[0]
 
 
+def load_integers(data, offset, like):
+    raw = data.view(np.uint8)
+    size = 8 * np.dtype(type(like)).itemsize
+    if not 0 <= offset <= len(raw) - size:
+        raise IndexError("integers outside their array")
+    return raw[offset : offset + size].view(type(like)).astype(np.int64)
+
+
+def lane_steps(step):
+    return np.arange(8) * np.int64(step)
+
+
 def integer_like(value, like):
     return np.int64(value).astype(_INTEGER[_dtype(like)])
 
@@ -101,7 +128,8 @@ def integer_like(value, like):
 def store(array, index, value):
     if not 0 <= index <= len(array) - len(value):
         raise IndexError("vector outside its array")
-    if array.dtype != value.dtype and (array.dtype.kind, value.dtype.kind) != ("f", "f"):
+    narrows = (array.dtype, value.dtype) == (np.int32, np.int64)
+    if array.dtype != value.dtype and (array.dtype.kind, value.dtype.kind) != ("f", "f") and not narrows:
         raise TypeError(f"a vector of {value.dtype} does not go into an array of {array.dtype}")
     array[index : index + len(value)] = value
 

@@ -12,7 +12,7 @@ from numba.extending import overload
 from fastloss._kernels._jit import inline
 from fastloss._kernels._simd import fma, from_bits, negative_zeros_like, polynomial, splat, to_bits, to_float, where
 
-__all__ = ["LOG1P_LIMIT", "exp", "exp_difference", "log", "log1p"]
+__all__ = ["LOG1P_LIMIT", "exp", "exp_difference", "log", "log1p", "log_difference"]
 
 
 # Largest argument of log1p: its 2**-k is a normal float32 up to here. (float64 could go further; one bound is simpler.)
@@ -32,19 +32,21 @@ _LOG2E = 1.4426950408889634
 
 
 def _make_exp(dtype, coefficients, low, high):
-    """Make ``exp`` for vectors of ``dtype``: exp(d + low), where ``low`` is at most a unit in d's last place.
+    """Make exp(d), and exp(d + low) where ``low`` is at most a unit in d's last place, for vectors of ``dtype``.
 
     Computes exp(d) = 2**n * (1 + f + f**2 * p(f)) with n = rint(d * log2(e)), f = d - n * ln(2).
 
     Method: adding the constant ``shift`` rounds d * log2(e) to the integer n and leaves n plus the exponent bias in
     the low bits, so that one integer shift makes 2**n. ln(2) in two parts keeps f, and so the result, accurate for
-    large |d|. The last step is one fused operation on 2**n, not an addition to the exponent field, which would destroy
-    NaNs.
+    large |d|; in float32 its first part alone, which is within 2e-9, serves exp(d), where d's own rounding counts for
+    more: 6e-8 |d| / 2 against 3e-9 |d|. The last step is one fused operation on 2**n, not an addition to the exponent
+    field, which would destroy NaNs.
 
     Special values: exactly 1 at 0, exactly 0 below ``low`` (where 2**n is the first exponent that is 0), inf or NaN
     above about ln(largest number) (the callers ask only whether the result is finite), NaN for NaN.
 
-    Accuracy: under 1 ulp wherever the result is a normal number (tests/test_vecmath.py).
+    Accuracy: under 1 ulp, but for 2**-28.5 |d| of exp(d) in float32, wherever the result is a normal number
+    (tests/test_vecmath.py).
     """
     mantissa_bits = 23 if dtype is np.float32 else 52
     bias = 127 if dtype is np.float32 else 1023
@@ -56,18 +58,34 @@ def _make_exp(dtype, coefficients, low, high):
     minus_high, minus_low = dtype(-ln2_high), dtype(-ln2_low)
     places = integer(mantissa_bits)
     p = polynomial(*[dtype(c) for c in coefficients])
+    one_part = dtype is np.float32
 
     @inline
-    def exp(d, low):
+    def clamp(d):
         d = where(d < splat(lowest), splat(lowest), d)
-        d = where(d > splat(highest), splat(highest), d)
-        shifted = fma(d, splat(log2e), splat(shift))
-        n = shifted - splat(shift)
-        f = fma(n, splat(minus_low), fma(n, splat(minus_high), d)) + low
+        return where(d > splat(highest), splat(highest), d)
+
+    @inline
+    def scaled(f, shifted):
         power = from_bits(to_bits(shifted) << splat(places))
         return fma(fma(f * f, p(f), f), power, power)
 
-    return exp
+    @inline
+    def exp(d):
+        d = clamp(d)
+        shifted = fma(d, splat(log2e), splat(shift))
+        n = shifted - splat(shift)
+        f = fma(n, splat(minus_high), d)
+        return scaled(f if one_part else fma(n, splat(minus_low), f), shifted)
+
+    @inline
+    def exp_sum(d, low):
+        d = clamp(d)
+        shifted = fma(d, splat(log2e), splat(shift))
+        n = shifted - splat(shift)
+        return scaled(fma(n, splat(minus_high), d) + fma(n, splat(minus_low), low), shifted)
+
+    return exp, exp_sum
 
 
 def _make_log1p(dtype, coefficients):
@@ -136,6 +154,55 @@ def _make_log(dtype, coefficients):
     return log
 
 
+@inline
+def _sum_and_error(a, b):
+    """a + b as the rounded sum and its rounding error, exactly (Knuth's two-sum)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+def _make_log_difference(coefficients):
+    """Make log(y) - x for float32 vectors, with y >= 0 and finite: finite for y = 0, whatever the result is used for.
+
+    Computes k * ln(2) + (f - f**2 / 2 + f**3 * q(f)) - x, with y / 2**k = 1 + f in [3/4, 3/2), where f is exact.
+
+    Method: in float32 alone the rounding of log(y) would be all that is left where x is close to it, and float64 takes
+    three times as long. So every term but f**3 * q(f) and k times the low part of ln(2) is added with its rounding
+    error.
+
+    Accuracy: within 2**-24 of the result plus 4e-9, that is a sixtieth of what rounding log(y) costs at y = 0.01
+    (tests/test_vecmath.py).
+    """
+    ln2_high = np.float32(float.fromhex("0x1.62e4p-1"))  # 15 bits: exact times any exponent
+    ln2_low = np.float32((_LN2[0] - float(ln2_high)) + _LN2[1])
+    places = np.int32(23)
+    three_quarters, one, half = np.float32(0.75).view(np.int32), np.float32(1), np.float32(0.5)
+    smallest_normal, zero = np.finfo(np.float32).tiny, np.float32(0)
+    lift, lift_exponent = np.float32(2.0**24), np.float32(24)  # makes a subnormal number normal
+    q = polynomial(*[np.float32(c) for c in coefficients[1:]])
+
+    @inline
+    def log_difference(y, x):
+        tiny = y < splat(smallest_normal)
+        bits = to_bits(where(tiny, y * splat(lift), y))
+        k = (bits - splat(three_quarters)) >> splat(places)
+        f = from_bits(bits - (k << splat(places))) - splat(one)
+        n = to_float(k) - where(tiny, splat(lift_exponent), splat(zero))
+        square = f * f
+        square_error = fma(f, f, -square)
+        curve = square * splat(-half)
+        near = f + curve
+        near_error = curve - (near - f)  # |curve| < |f|
+        total, error = _sum_and_error(n * splat(ln2_high), -x)
+        total, other_error = _sum_and_error(total, near)
+        rest = fma(square * f, q(f), fma(n, splat(ln2_low), fma(square_error, splat(-half), near_error)))
+        rest = rest + (error + other_error)
+        return total + where(rest == rest, rest, splat(zero))  # the errors of an infinite x are NaN
+
+    return log_difference
+
+
 _EXP32 = (
     0.4999999403953552,
     0.1666651964187622,
@@ -192,28 +259,35 @@ _LOG1P64 = (
 
 # exp's clamps. Below: -127.x * ln(2) and -1023.x * ln(2), where 2**n becomes 0; the normal numbers end before (at
 # -87.34 and -708.4). Above: past the largest exponent by less than one, so that n still fits its field.
-_exp32 = _make_exp(np.float32, _EXP32, -88.0, 89.0)
-_exp64 = _make_exp(np.float64, _EXP64, -709.0, 710.0)
+_exp32, _exp_sum32 = _make_exp(np.float32, _EXP32, -88.0, 89.0)
+_exp64, _exp_sum64 = _make_exp(np.float64, _EXP64, -709.0, 710.0)
 _log1p32 = _make_log1p(np.float32, _LOG1P32)
 _log1p64 = _make_log1p(np.float64, _LOG1P64)
+_log_difference32 = _make_log_difference(_LOG1P32)
 _log64 = _make_log(np.float64, _LOG1P64)
 
 
+def exp(d):
+    """Exponential of a vector; see :func:`_make_exp`."""
+    return _exp32(d) if d.dtype == np.float32 else _exp64(d)
+
+
+@overload(exp, jit_options={"forceinline": True})
+def _exp(d):
+    if d.dtype == types.float32:
+        return lambda d: _exp32(d)
+    return lambda d: _exp64(d)
+
+
 def _exp_sum(d, low):
-    return _exp32(d, low) if d.dtype == np.float32 else _exp64(d, low)
+    return _exp_sum32(d, low) if d.dtype == np.float32 else _exp_sum64(d, low)
 
 
 @overload(_exp_sum, jit_options={"forceinline": True})
 def _(d, low):
     if d.dtype == types.float32:
-        return lambda d, low: _exp32(d, low)
-    return lambda d, low: _exp64(d, low)
-
-
-@inline
-def exp(d):
-    """Exponential of a vector; see :func:`_make_exp`."""
-    return _exp_sum(d, negative_zeros_like(d))
+        return lambda d, low: _exp_sum32(d, low)
+    return lambda d, low: _exp_sum64(d, low)
 
 
 @inline
@@ -248,3 +322,17 @@ def log(x):
 @overload(log, jit_options={"forceinline": True})
 def _log(x):
     return lambda x: _log64(x)
+
+
+def log_difference(y, x):
+    """log(y) - x of float32 or float64 vectors, y >= 0; see :func:`_make_log_difference`. In float64 as it stands."""
+    if y.dtype == np.float32:
+        return _log_difference32(y, x)
+    return _log64(where(y == 0.0, np.ones_like(y), y)) - x
+
+
+@overload(log_difference, jit_options={"forceinline": True})
+def _log_difference(y, x):
+    if y.dtype == types.float32:
+        return lambda y, x: _log_difference32(y, x)
+    return lambda y, x: _log64(where(y == splat(0.0), splat(1.0), y)) - x

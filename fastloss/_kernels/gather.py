@@ -1,48 +1,29 @@
 """The kernel of the negative log-likelihood: one entry of each row."""
 
-import numpy as np
-from numba import prange
-
 from fastloss._kernels import tiles
-from fastloss._kernels._jit import Kernel, allocating, subroutine
-from fastloss._kernels._simd import load_one, next_task
-from fastloss._kernels.losses import collect, deliver
-from fastloss._kernels.sums import STATE_SIZE
+from fastloss._kernels._jit import subroutine
+from fastloss._kernels._simd import load_one
+from fastloss._kernels.driver import make_kernel
+from fastloss._kernels.losses import begin_targets, deliver
 
 
-@allocating
-def _work(counter, totals, counts, x, target, weight, out, geometry, options):
-    like = weight[0]
-    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
-    width = geometry[tiles.TILE_ROWS] + tiles.PADDING
-    offsets = np.empty(width, np.int64)
-    targets = np.empty(width, np.int64)
-    near = np.empty(width, np.int32)
-    loss = tiles.aligned(width, weight)
-    while True:
-        tile = next_task(counter)
-        if tile >= geometry[tiles.N_TILES]:
-            break
-        start, n = tiles.tile_bounds(geometry, tile)
-        tiles.row_offsets(geometry, tiles.TARGET, start, n, offsets)
-        tiles.read_targets(target, offsets, n, n_classes, options, targets, near, counts)
-        tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
-        for i in range(n):
-            if targets[i] >= 0:
-                loss[i] = -weight[targets[i]] * load_one(x, offsets[i] + targets[i] * stride, like)
-            else:
-                loss[i] = 0.0
-        deliver(totals, out, geometry, start, n, offsets, targets, loss, weight, options)
-
-
-def _nll(n_workers, totals, x, target, weight, out, geometry, options):
+@subroutine
+def _nll_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
     """Loss = -w[t] * x[t] for each row that is not ignored."""
-    counter = np.zeros(1, np.int64)
-    states = np.zeros((n_workers, 2, STATE_SIZE), np.int64)
-    counts = np.zeros((n_workers, 8), np.int64)
-    for worker in prange(n_workers):
-        _work(counter, states[worker], counts[worker], x, target, weight, out, geometry, options)
-    return collect(totals, states, counts)
+    like = out[0]
+    stride = tiles.class_stride(geometry, tiles.INPUT)
+    offsets, targets, loss = scratch.places[0], scratch.places[2], scratch.narrow[1]
+    start, n = tiles.tile_bounds(geometry, tile)
+    begin_targets(ledger, x, y, geometry, start, n, scratch)
+    if geometry[tiles.IS_WEIGHTED]:
+        for i in range(n):
+            loss[i] = (
+                -weight[targets[i]] * load_one(x, offsets[i] + targets[i] * stride, like) if targets[i] >= 0 else 0.0
+            )
+    else:
+        for i in range(n):
+            loss[i] = -load_one(x, offsets[i] + max(targets[i], 0) * stride, like) if targets[i] >= 0 else 0.0
+    deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss)
 
 
-nll = Kernel("nll", _nll)
+nll = make_kernel("nll", _nll_tile)

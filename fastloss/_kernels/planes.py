@@ -11,23 +11,29 @@ them, so its slots repeat rows of the vector before (:func:`row_of`), and no loa
 import numpy as np
 
 from fastloss._kernels import tiles
-from fastloss._kernels._jit import allocating, inline, subroutine
+from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
+    copy,
+    first_lane,
     fma,
     integer_like,
     lanes,
     load,
     load_columns,
+    prefetch,
     scalar,
     splat,
     store,
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference
-from fastloss._kernels.rows import BLOCK, CHUNK, finite_shift, merge
+from fastloss._kernels.driver import BATCH, BLOCK, CHUNK
+from fastloss._kernels.rows import finite_shift, merge
 
-# Classes copied into the stage at a time: with float32, a cache line of each row.
-BATCH = 16
+# How many classes ahead of the loads memory is asked for: a tile's rows of one class are a run of about a kilobyte,
+# which the CPU's own prefetcher learns too late; more classes would not fit into the sets of the first-level cache that
+# they share where planes lie a power of two apart.
+AHEAD = 4
 
 
 @inline
@@ -38,8 +44,7 @@ def row_of(slot, n, n_lanes):
 @inline
 def is_direct(geometry, array, start, n, n_lanes):
     """Whether the tile's rows lie side by side in memory, and fill a vector."""
-    length = geometry[tiles.HEADER + geometry[tiles.N_AXES] - 1]
-    return tiles.inner_stride(geometry, array) == 1 and n >= n_lanes and start % length + n <= length
+    return n >= n_lanes and tiles.is_dense(geometry, array, 1, start, n)
 
 
 @inline
@@ -119,21 +124,18 @@ def _fold(sums, n_classes, n_slots, width, like):
 @inline
 def _add_block(totals, sums, n_slots):
     """Add the folded sums of a block, or the totals of a chunk, to float64 totals."""
-    for slot in range(n_slots):
-        totals[slot] += np.float64(sums[slot])
+    for slot in range(0, n_slots, lanes(0.0)):
+        store(totals, slot, load(totals, slot, 0.0) + load(sums, slot, 0.0))
 
 
-@allocating
-def make_scratch(width, like):
-    """Per-thread memory of both tile functions, in the dtype of ``like``: lanes, values and float64 values."""
-    n_lanes = lanes(like[0])
-    return (
-        tiles.aligned(n_lanes * width, like),
-        tiles.aligned(n_lanes * width, like),
-        tiles.aligned(n_lanes * width, like),
-        np.empty((4, width), like.dtype),
-        np.empty((8, width), np.float64),
-    )
+@inline
+def _ask_ahead(x, at, c, distance, stride, n_classes, n_slots, n_lanes, n):
+    """Ask for the tile's rows, from ``at`` on, ``distance`` classes after c; past the last, of the tile that follows."""
+    ahead = at + distance * stride
+    if c + distance >= n_classes:
+        ahead += n - n_classes * stride
+    for slot in range(0, n_slots, n_lanes):
+        prefetch(x, ahead + slot, 0)
 
 
 @subroutine
@@ -153,6 +155,8 @@ def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shi
         lane = _lane_of(c, low, high, n_classes, n_lanes) * width
         first = _is_first(c, low, high, n_classes, n_lanes)
         this_class = splat(integer_like(c, like))
+        if direct:
+            _ask_ahead(x, at, c, AHEAD, stride, n_classes, n_slots, n_lanes, n)
         for slot in range(0, n_slots, n_lanes):
             row = row_of(slot, n, n_lanes)
             d = load(source, at + row, like) - load(shifts, row, like)
@@ -162,11 +166,35 @@ def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shi
 
 
 @inline
-def _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, width, rest, sums, stage):
-    """The case of :func:`target_tile` where each class has its own lane: 16 rows at a time, summed in the cache."""
+def _term(source, at, step, c, shift, target):
+    """exp(x - shift) of class c for a vector of rows, 0 for those whose target it is."""
+    like = first_lane(shift)
+    e = exp(load(source, at + c * step, like) - shift)
+    return where(target == splat(integer_like(c, like)), splat(scalar(0.0, like)), e)
+
+
+@inline
+def _four_terms(source, at, step, c, quarter, n_classes, shift, target):
+    """The sum, by halves, of those of the classes c, c + quarter, c + 2 quarter, c + 3 quarter that there are."""
+    total = _term(source, at, step, c, shift, target)
+    if c + 2 * quarter < n_classes:
+        total = total + _term(source, at, step, c + 2 * quarter, shift, target)
+    if c + quarter < n_classes:
+        other = _term(source, at, step, c + quarter, shift, target)
+        if c + 3 * quarter < n_classes:
+            other = other + _term(source, at, step, c + 3 * quarter, shift, target)
+        total = total + other
+    return total
+
+
+@subroutine
+def _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, width, rest, stage):
+    """The case of :func:`target_tile` where each class has its own lane: a vector of rows at a time, summed in
+    registers, in the order of the fold.
+    """
     like = shifts[0]
     n_lanes = lanes(like)
-    zero, integer = splat(scalar(0.0, like)), integer_like(0, like)
+    quarter, integer = n_lanes // 4, integer_like(0, like)
     if not direct:
         stage_classes(x, offsets, n, stride, 0, n_classes, width, stage, like)
     source = x if direct else stage
@@ -175,32 +203,30 @@ def _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, wi
         row = row_of(slot, n, n_lanes)
         at = (offsets[0] if direct else 0) + row
         shift, target = load(shifts, row, like), load(near, row, integer)
-        for c in range(n_classes):
-            d = load(source, at + c * step, like) - shift
-            store(sums, c * n_lanes, where(target == splat(integer_like(c, like)), zero, exp(d)))
-        used, half = n_classes, n_lanes // 2
-        while half >= 1:
-            for lane in range(used - half):
-                upper = load(sums, (lane + half) * n_lanes, like)
-                store(sums, lane * n_lanes, load(sums, lane * n_lanes, like) + upper)
-            used = min(used, half)
-            half //= 2
-        store(rest, row, load(sums, 0, like))
+        total = _four_terms(source, at, step, 0, quarter, n_classes, shift, target)
+        if quarter == 4 and n_classes > 2:
+            total = total + _four_terms(source, at, step, 2, quarter, n_classes, shift, target)
+        if n_classes > 1:
+            other = _four_terms(source, at, step, 1, quarter, n_classes, shift, target)
+            if quarter == 4 and n_classes > 3:
+                other = other + _four_terms(source, at, step, 3, quarter, n_classes, shift, target)
+            total = total + other
+        store(rest, row, total)
 
 
 @inline
-def target_tile(x, geometry, start, offsets, n, targets, near, shifts, rest, stage, scratch):
+def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
     """Of each row, sum exp(x[c] - shift) over all classes but the target."""
     like = shifts[0]
-    n_lanes = lanes(like)
+    n_lanes, n_doubles = lanes(like), lanes(0.0)
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
-    sums, _, _, _, wide = scratch
-    width = wide.shape[1]
-    total, chunk_total = wide[0], wide[1]
+    width = tiles.scratch_width(geometry)
+    sums, stage, near = scratch.sums[0], scratch.stage, scratch.near
+    total, chunk_total = scratch.wide[0], scratch.wide[1]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     if n_classes <= n_lanes:
-        _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, width, rest, sums, stage)
+        _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, width, rest, stage)
         return
     total[:n_slots] = 0.0
     for chunk in range(0, n_classes, CHUNK):
@@ -212,8 +238,8 @@ def target_tile(x, geometry, start, offsets, n, targets, near, shifts, rest, sta
         _add_block(total, chunk_total, n_slots)
     for slot in range(0, n_slots, n_lanes):
         row = row_of(slot, n, n_lanes)
-        for i in range(n_lanes):
-            rest[row + i] = total[slot + i]
+        for i in range(0, n_lanes, n_doubles):
+            store(rest, row + i, load(total, slot + i, 0.0))
 
 
 @inline
@@ -233,21 +259,32 @@ def max_shift_tile(
     rest,
     moment,
     mass,
-    stages,
     scratch,
 ):
     """Of each row, the maximum, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass; see
     :func:`fastloss._kernels.rows.max_shift_chunk`.
 
-    Passes over memory: one over the tile; a block of its classes is read again from the second-level cache.
+    Passes over memory: one, which finds a block's maximum and leaves a copy of the block in the second-level cache
+    (where the planes themselves, a power of two apart, would share a few of its sets).
     """
     like = largest[0]
     n_lanes = lanes(like)
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
-    sums, moments, masses, narrow, wide = scratch
-    width = wide.shape[1]
-    ties, block_largest, chunk_largest, factor = narrow[0], narrow[1], narrow[2], narrow[3]
-    chunk_rest, chunk_ties, chunk_moment, chunk_mass = wide[0], wide[1], wide[2], wide[3]
+    width = tiles.scratch_width(geometry)
+    stage, y_stage = scratch.stage, scratch.other_stage
+    sums, moments, masses = scratch.sums[0], scratch.sums[1], scratch.sums[2]
+    ties, block_largest, chunk_largest, factor = (
+        scratch.narrow[4],
+        scratch.narrow[5],
+        scratch.narrow[6],
+        scratch.narrow[7],
+    )
+    chunk_rest, chunk_ties, chunk_moment, chunk_mass = (
+        scratch.wide[0],
+        scratch.wide[1],
+        scratch.wide[2],
+        scratch.wide[3],
+    )
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
@@ -272,18 +309,21 @@ def max_shift_tile(
                 store(block_largest, slot, lowest)
                 store(ties, slot, zero)
             for c in range(low, high):
-                if not direct and (c - low) % BATCH == 0:
-                    stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stages[0], like)
-                source = x if direct else stages[0]
-                at = offsets[0] + c * stride if direct else (c - low) % BATCH * width
+                staged = (c - low) * width
+                if direct:
+                    at = offsets[0] + c * stride
+                    _ask_ahead(x, at, c, AHEAD, stride, n_classes, n_slots, n_lanes, n)
+                    for slot in range(0, n_slots, n_lanes):
+                        row = row_of(slot, n, n_lanes)
+                        copy(stage, staged + row, x, at + row, like)
+                elif (c - low) % BATCH == 0:
+                    stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stage[staged:], like)
                 for slot in range(0, n_slots, n_lanes):
-                    v = load(source, at + row_of(slot, n, n_lanes), like)
+                    v = load(stage, staged + row_of(slot, n, n_lanes), like)
                     m = load(block_largest, slot, like)
                     store(block_largest, slot, where(v > m, v, m))
             for slot in range(0, n_slots, n_lanes):
-                old = load(chunk_largest, slot, like)
-                new = load(block_largest, slot, like)
-                store(factor, slot, exp(old - new))
+                store(factor, slot, exp(load(chunk_largest, slot, like) - load(block_largest, slot, like)))
             for slot in range(n_slots):
                 if block_largest[slot] > chunk_largest[slot]:
                     chunk_rest[slot] = (chunk_rest[slot] + chunk_ties[slot]) * np.float64(factor[slot])
@@ -291,27 +331,26 @@ def max_shift_tile(
                     grown = block_largest[slot] - finite_shift(chunk_largest[slot])
                     chunk_moment[slot] += np.float64(grown) * chunk_mass[slot]
                     chunk_largest[slot] = block_largest[slot]
+            for slot in range(0, n_slots, n_lanes):
+                shift = load(chunk_largest, slot, like)
+                store(factor, slot, where(shift > lowest, shift, zero))
             if high - low < n_lanes <= n_classes:
                 _clear(sums, n_lanes, width, like)
                 _clear(moments, n_lanes, width, like)
                 _clear(masses, n_lanes, width, like)
             for c in range(low, high):
-                if (c - low) % BATCH == 0:
-                    if not direct:
-                        stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stages[0], like)
-                    if y is not None:  # noqa: SIM102 - Numba drops this branch at compile time only as it stands
-                        if not y_direct:
-                            stage_classes(y, y_offsets, n, y_stride, c, min(c + BATCH, high), width, stages[1], like)
-                source = x if direct else stages[0]
-                staged = (c - low) % BATCH * width
-                at = offsets[0] + c * stride if direct else staged
+                staged, y_staged = (c - low) * width, (c - low) % BATCH * width
+                if y is not None:  # noqa: SIM102 - Numba drops this branch at compile time only as it stands
+                    if not y_direct and y_staged == 0:
+                        stage_classes(y, y_offsets, n, y_stride, c, min(c + BATCH, high), width, y_stage, like)
                 lane = _lane_of(c, low, high, n_classes, n_lanes) * width
                 first = _is_first(c, low, high, n_classes, n_lanes)
+                if direct:
+                    _ask_ahead(x, offsets[0] + c * stride, c, high - low, stride, n_classes, n_slots, n_lanes, n)
                 for slot in range(0, n_slots, n_lanes):
                     row = row_of(slot, n, n_lanes)
-                    v = load(source, at + row, like)
-                    shift = load(chunk_largest, slot, like)
-                    shift = where(shift > lowest, shift, zero)
+                    v = load(stage, staged + row, like)
+                    shift = load(factor, slot, like)
                     tie = v == shift
                     d = v - shift
                     e = where(tie, zero, exp_difference(v, shift) if exact else exp(d))
@@ -320,8 +359,8 @@ def max_shift_tile(
                     if weight is not None:
                         m = splat(weight[c])
                         if y is not None:
-                            y_source = y if y_direct else stages[1]
-                            y_at = y_offsets[0] + c * y_stride if y_direct else staged
+                            y_source = y if y_direct else y_stage
+                            y_at = y_offsets[0] + c * y_stride if y_direct else y_staged
                             m = m * fma(load(y_source, y_at + row, like), splat(keep), splat(spread))
                         before = zero if first else load(moments, lane + slot, like)
                         store(moments, lane + slot, fma(m, -d, before))
@@ -347,13 +386,14 @@ def max_shift_tile(
 
 
 @inline
-def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, stage, out_stage):
+def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, scratch):
     """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
+    stage, out_stage = scratch.stage, scratch.out_stage
     like = shifts[0]
     n_lanes = lanes(like)
     n_classes = geometry[tiles.N_CLASSES]
     stride, out_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.SECOND)
-    width = geometry[tiles.TILE_ROWS] + tiles.PADDING
+    width = tiles.scratch_width(geometry)
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     out_direct = is_direct(geometry, tiles.SECOND, start, n, n_lanes)

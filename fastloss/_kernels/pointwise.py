@@ -1,21 +1,28 @@
 """The kernel of the Kullback-Leibler divergence: element by element, over two arrays of one broadcast shape."""
 
 import numpy as np
-from numba import prange
 
 from fastloss._kernels import planes, tiles
-from fastloss._kernels._jit import Kernel, allocating, inline, subroutine
-from fastloss._kernels._simd import first_lane, fma, lanes, load, next_task, scalar, splat, store, where
-from fastloss._kernels._vecmath import exp, log
-from fastloss._kernels.losses import collect
-from fastloss._kernels.sums import STATE_SIZE, add_block
+from fastloss._kernels._jit import inline, subroutine
+from fastloss._kernels._simd import first_lane, fma, lanes, load, prefetch, scalar, splat, store, where
+from fastloss._kernels._vecmath import exp, log_difference
+from fastloss._kernels.driver import SECOND_SUM, make_kernel
+from fastloss._kernels.sums import add_block
+
+# How far ahead of the loads memory is asked for, in bytes: past the tile, see :data:`fastloss._kernels.rows.AHEAD`.
+AHEAD = 4096
 
 
 @inline
 def _divergence(x, y):
-    """xlogy(y, y) - y * x, in float64 whatever the data: log(y) and x cancel where the distributions are close."""
-    zero = splat(0.0)
-    return fma(-y, x, where(y == zero, zero, y * log(y)))
+    """xlogy(y, y) - y * x as y * (log(y) - x), the difference with more digits than the data's: its terms cancel where
+    the distributions are close.
+    """
+    like = first_lane(y)
+    zero = splat(scalar(0.0, like))
+    value = y * log_difference(y, x) + zero  # + 0 makes a -0 of y = 0 positive
+    infinity, nan = splat(scalar(np.inf, like)), splat(scalar(np.nan, like))
+    return where((y >= zero) & (y < infinity), value, where(y > zero, fma(-y, x, y), nan))
 
 
 @inline
@@ -30,54 +37,43 @@ def _log_divergence(x, y):
 
 
 @inline
-def _source(array, geometry, which, start, n, offsets, stage, n_lanes):
-    """Where to read a tile's elements: in place if they lie side by side, else copied to ``stage``."""
-    if planes.is_direct(geometry, which, start, n, n_lanes):
-        return array, offsets[0]
+def _stage(array, geometry, which, start, n, offsets, stage):
+    tiles.row_offsets(geometry, which, start, n, offsets)
     for i in range(n):
         stage[i] = array[offsets[i]]
-    return stage, offsets[0] * 0
 
 
-@allocating
-def _work(counter, totals, x, y, out, geometry, options, log_target):
-    like = out[0]
-    width = geometry[tiles.TILE_ROWS] + tiles.PADDING
-    offsets = np.empty(width, np.int64)
-    stage, y_stage = tiles.aligned(width, x), tiles.aligned(width, y)
-    values = tiles.aligned(width, out)
-    while True:
-        tile = next_task(counter)
-        if tile >= geometry[tiles.N_TILES]:
-            break
-        start, n = tiles.tile_bounds(geometry, tile)
-        tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
-        source, at = _source(x, geometry, tiles.INPUT, start, n, offsets, stage, lanes(like))
-        tiles.row_offsets(geometry, tiles.TARGET, start, n, offsets)
-        y_source, y_at = _source(y, geometry, tiles.TARGET, start, n, offsets, y_stage, lanes(like))
-        if log_target:
-            for slot in range(0, n, lanes(like)):
-                i = planes.row_of(slot, n, lanes(like))
-                store(values, i, _log_divergence(load(source, at + i, like), load(y_source, y_at + i, like)))
-        else:
-            for slot in range(0, n, lanes(0.0)):
-                i = planes.row_of(slot, n, lanes(0.0))
-                store(values, i, _divergence(load(source, at + i, 0.0), load(y_source, y_at + i, 0.0)))
-        if options[tiles.WANTS_ROWS]:
-            tiles.row_offsets(geometry, tiles.OUT, start, n, offsets)
-            for i in range(n):
-                out[offsets[i]] = values[i]
-        if options[tiles.WANTS_SUM]:
-            add_block(totals[0], values, n)
+@inline
+def _evaluate(x, x_at, y, y_at, n, is_log, values):
+    like = values[0]
+    for slot in range(0, n, lanes(like)):
+        i = planes.row_of(slot, n, lanes(like))
+        prefetch(x, x_at + i, AHEAD)
+        prefetch(y, y_at + i, AHEAD)
+        a, b = load(x, x_at + i, like), load(y, y_at + i, like)
+        store(values, i, _log_divergence(a, b) if is_log else _divergence(a, b))
 
 
-def _kl(n_workers, totals, x, y, out, geometry, options, log_target):
-    """The pointwise divergence, and its exact sum."""
-    counter = np.zeros(1, np.int64)
-    states = np.zeros((n_workers, 2, STATE_SIZE), np.int64)
-    for worker in prange(n_workers):
-        _work(counter, states[worker], x, y, out, geometry, options, log_target)
-    return collect(totals, states, np.zeros((n_workers, 2), np.int64))
+@subroutine
+def _kl_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
+    """The pointwise divergence of a tile, and its exact sum."""
+    n_lanes = lanes(out[0])
+    offsets, values = scratch.places[0], scratch.narrow[0]
+    start, n = tiles.tile_bounds(geometry, tile)
+    x_direct = planes.is_direct(geometry, tiles.INPUT, start, n, n_lanes)
+    y_direct = planes.is_direct(geometry, tiles.TARGET, start, n, n_lanes)
+    is_log = geometry[tiles.IS_LOG] != 0
+    if x_direct and y_direct:
+        x_offset = tiles.row_offset(geometry, tiles.INPUT, start)
+        _evaluate(x, x_offset, y, tiles.row_offset(geometry, tiles.TARGET, start), n, is_log, values)
+    else:
+        _stage(x, geometry, tiles.INPUT, start, n, offsets, scratch.stage)
+        _stage(y, geometry, tiles.TARGET, start, n, offsets, scratch.other_stage)
+        _evaluate(scratch.stage, 0, scratch.other_stage, 0, n, is_log, values)
+    if geometry[tiles.WANTS_ROWS]:
+        tiles.put_rows(out, geometry, tiles.OUT, start, n, offsets, values)
+    if geometry[tiles.WANTS_SUM]:
+        add_block(ledger[:SECOND_SUM], values, n)
 
 
-kl = Kernel("kl", _kl)
+kl = make_kernel("kl", _kl_tile)

@@ -21,6 +21,7 @@ from fastloss._kernels._simd import (
     iota,
     lanes,
     load,
+    prefetch,
     scalar,
     splat,
     store,
@@ -29,9 +30,11 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference
+from fastloss._kernels.driver import BLOCK, CHUNK
 
-BLOCK = 256
-CHUNK = 8192
+# How far ahead of the loads memory is asked for, in bytes. The CPU's own prefetcher starts anew with every page of 4
+# KiB; without this, 65,536 x 1000 takes 1.3 times as long (2 KiB and 8 KiB ahead: within 4 % of this).
+AHEAD = 4096
 
 
 # ------------------------------------------------------------------------------------------- shift by the target
@@ -66,6 +69,7 @@ def _target_block(x, origin, low, high, n_classes, target, shift):
     total = zero
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low, end, n_lanes):
+        prefetch(x, c - origin, AHEAD)
         d = load(x, c - origin, shift) - shifts
         total = total + where(distance == at_target, zero, exp(d))
         distance = distance + step
@@ -113,6 +117,7 @@ def _max_block(x, origin, low, high, n_classes, like):
     largest = lowest
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low, end, n_lanes):
+        prefetch(x, c - origin, AHEAD)
         v = load(x, c - origin, like)
         largest = where(v > largest, v, largest)
     if end < high:
@@ -252,12 +257,12 @@ def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, k
 
 
 @inline
-def target_tile(x, geometry, start, offsets, n, targets, near, shifts, rest, stage, scratch):
+def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
     """:func:`target_row` of each row of a tile that has a target."""
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     for i in range(n):
         if targets[i] >= 0:
-            rest[i] = target_row(x, offsets[i], stride, n_classes, targets[i], shifts[i], stage)
+            rest[i] = target_row(x, offsets[i], stride, n_classes, targets[i], shifts[i], scratch.stage)
 
 
 @inline
@@ -277,12 +282,12 @@ def max_shift_tile(
     rest,
     moment,
     mass,
-    stages,
     scratch,
 ):
     """:func:`max_shift_row` of each row of a tile."""
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
+    stages = (scratch.stage, scratch.other_stage)
     for i in range(n):
         largest[i], rest[i], moment[i], mass[i] = max_shift_row(
             x, offsets[i], stride, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, exact, largest[0], stages
@@ -306,8 +311,9 @@ def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale,
 
 
 @inline
-def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, stage, out_stage):
+def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, scratch):
     """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
+    stage, out_stage = scratch.stage, scratch.out_stage
     like = shifts[0]
     n_lanes = lanes(like)
     n_classes = geometry[tiles.N_CLASSES]

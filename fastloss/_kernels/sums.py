@@ -16,12 +16,16 @@ import math
 
 import numpy as np
 
-from fastloss._kernels._jit import Kernel, subroutine
+from fastloss._kernels._jit import Kernel, inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
+    first_lane,
     from_bits,
+    lanes,
     load,
+    scalar,
     splat,
+    store,
     to_bits,
     tree_max,
     tree_sum,
@@ -38,9 +42,7 @@ MAX_BLOCK = 4096
 
 _ZERO = np.int64(0)
 _MASK32 = np.int64(0xFFFFFFFF)
-_ABSOLUTE = np.int64(0x7FFFFFFFFFFFFFFF)
 _FRACTION_BITS = np.int64(52)
-_EXPONENT_OF_INFINITY = np.int64(0x7FF)
 
 
 @subroutine
@@ -86,52 +88,70 @@ def add_state(state, other):
     _carry(state)
 
 
+@inline
+def _largest(values, n):
+    """The largest magnitude of ``values[:n]``, padded with zeros; NaN counts as 0 unless there is nothing else."""
+    like = values[0]
+    nothing = splat(scalar(0.0, like))
+    largest, unequal = nothing, nothing != nothing
+    for i in range(0, n, lanes(like)):
+        v = load(values, i, like)
+        size = where(v < nothing, -v, v)
+        largest = where(size > largest, size, largest)
+        unequal = unequal | (v != nothing)
+    result = np.float64(tree_max(largest))
+    return result if result > 0.0 or not any_lane(unequal) else math.nan
+
+
+@inline
+def _add_to_grid(state, values, n, grid, top):
+    """Add the multiples of 2**``grid`` (and, one level down, of 2**(grid - 51)) that are values; whether all are."""
+    high_bits = ((np.int64(grid + 52 + 1023)) << _FRACTION_BITS) | (np.int64(1) << np.int64(51))
+    low_bits = high_bits - (np.int64(51) << _FRACTION_BITS)
+    shift_high, shift_low = from_bits(splat(high_bits)), from_bits(splat(low_bits))
+    sum_high, sum_low = splat(_ZERO), splat(_ZERO)
+    outside = shift_high != shift_high
+    for i in range(0, n, lanes(0.0)):
+        v = load(values, i, 0.0)
+        high = v + shift_high
+        sum_high = sum_high + (to_bits(high) - splat(high_bits))
+        if top:
+            outside = outside | (high - shift_high != v)
+        else:
+            rest = v - (high - shift_high)
+            low = rest + shift_low
+            sum_low = sum_low + (to_bits(low) - splat(low_bits))
+            outside = outside | (low - shift_low != rest)
+    if any_lane(outside):
+        return False
+    _add_integer(state, tree_sum(sum_high), grid)
+    if not top:
+        _add_integer(state, tree_sum(sum_low), grid - 51)
+    return True
+
+
 @subroutine
 def add_block(state, values, n):
     """Add ``values[:n]`` exactly; ``values`` is scratch with room for one vector more, which is overwritten.
 
     Method: with M = 1.5 * 2**(52 + g), t = v + M holds v rounded to a multiple of 2**g in its low bits, so that the
-    bits of t, added as integers, sum those multiples without error; the remainder r = v - (t - M) is exact and goes
-    through a second, 2**51 times finer grid. The first grid is laid so that the block's largest value just fits. Where
-    a value reaches below the second grid (2**-101 of the largest), or a value is not finite, or the exponents come near
-    the ends of float64, the block is added number by number.
+    bits of t, added as integers, sum those multiples without error. The grid g is laid so that the block's largest
+    value just fits, and then reaches 2**-50 of it. If some value has bits below that, the remainder r = v - (t - M),
+    which is exact, goes through a second, 2**51 times finer grid. Where a value reaches below that too, or is not
+    finite, or the exponents come near the ends of float64, the block is added number by number.
     """
-    like = 0.0
-    zero = splat(0.0)
-    for i in range(n, n + 8):
-        values[i] = 0.0
-    bits_max = splat(_ZERO)
-    for i in range(0, n, 8):
-        bits = to_bits(load(values, i, like)) & splat(_ABSOLUTE)
-        bits_max = where(bits > bits_max, bits, bits_max)
-    largest = tree_max(bits_max)
-    if largest == 0:
+    store(values, n, splat(scalar(0.0, values[0])))
+    largest = _largest(values, n)
+    if largest == 0.0:
         return
-    exponent = (largest >> _FRACTION_BITS) - 1023
+    exponent = (first_lane(to_bits(splat(largest))) >> _FRACTION_BITS) - 1023
     # grid + 52 is the exponent of M; |v| < 2**(exponent + 1) = 2**(grid + 50)
     grid = exponent - 49
-    in_range = -800 < exponent < 960
-    outside = zero != zero
-    sum_high, sum_low = splat(_ZERO), splat(_ZERO)
-    if in_range:
-        high_bits = ((np.int64(grid + 52 + 1023)) << _FRACTION_BITS) | (np.int64(1) << np.int64(51))
-        low_bits = high_bits - (np.int64(51) << _FRACTION_BITS)
-        shift_high, shift_low = from_bits(splat(high_bits)), from_bits(splat(low_bits))
-        for i in range(0, n, 8):
-            v = load(values, i, like)
-            high = v + shift_high
-            rest = v - (high - shift_high)
-            low = rest + shift_low
-            sum_high = sum_high + (to_bits(high) - splat(high_bits))
-            sum_low = sum_low + (to_bits(low) - splat(low_bits))
-            outside = outside | (low - shift_low != rest)
-        in_range = not any_lane(outside)
-    if in_range:
-        _add_integer(state, tree_sum(sum_high), grid)
-        _add_integer(state, tree_sum(sum_low), grid - 51)
-    else:
-        for i in range(n):
-            _add_float(state, np.float64(values[i]))
+    fits = -800 < exponent < 960
+    if fits and (_add_to_grid(state, values, n, grid, True) or _add_to_grid(state, values, n, grid, False)):
+        return
+    for i in range(n):
+        _add_float(state, np.float64(values[i]))
 
 
 @subroutine
@@ -182,7 +202,7 @@ def rounded(state):
 
 def _add_values(n_workers, state, values):
     """Add a one-dimensional array; returns the sum so far, rounded."""
-    scratch = np.empty(MAX_BLOCK + 8, values.dtype)
+    scratch = np.empty(MAX_BLOCK + 16, values.dtype)
     for begin in range(0, len(values), MAX_BLOCK):
         n = min(MAX_BLOCK, len(values) - begin)
         for i in range(n):

@@ -5,17 +5,30 @@ A kernel sees every array as one flat run of memory and a table of integers, the
 order of a small nest of axes, outermost first, which :mod:`fastloss._views` has sorted by the input's memory order and
 merged as far as all arrays allow. So one compiled kernel serves every shape and memory layout.
 
-Geometry, int64: the header below, the lengths of the axes, then for each array (input first) where its first element
-lies, its class stride, and its strides along the axes, counted in elements (in bytes for index targets).
+Geometry, int64: the header and the options below, the lengths of the axes, then for each array (input first) where its
+first element lies, its class stride, and its strides along the axes, counted in elements (in bytes for index targets).
 """
 
 import numpy as np
 
 from fastloss._kernels._jit import allocating, inline, subroutine
-from fastloss._kernels._simd import load_integer
+from fastloss._kernels._simd import (
+    iota,
+    lane_steps,
+    lanes,
+    load,
+    load_integer,
+    load_integers,
+    splat,
+    store,
+    tree_sum,
+    where,
+)
 
-N_ROWS, N_CLASSES, TILE_ROWS, N_TILES, RUN, N_AXES = range(6)
-HEADER = 6
+N_ROWS, N_CLASSES, TILE_ROWS, N_TILES, TASK_TILES, RUN, N_AXES = range(7)
+# Options: the kind of the targets, whether one of them is ignored and which, whether there are weights, what is wanted.
+TARGET_KIND, HAS_IGNORE, IGNORE_INDEX, IS_WEIGHTED, WANTS_ROWS, WANTS_SUM, IS_LOG = range(7, 14)
+HEADER = 14
 
 # Slots beyond the rows of a tile: room for a vector, and a stride of the stages that spreads over the cache's sets.
 PADDING = 16
@@ -23,19 +36,19 @@ PADDING = 16
 # Index targets that are no class.
 IGNORED, OUT_OF_RANGE = -1, -2
 
-# Options of the index-target kernels, int64.
-TARGET_KIND, HAS_IGNORE, IGNORE_INDEX, IS_WEIGHTED, WANTS_ROWS, WANTS_SUM = range(6)
-
 # The arrays of a geometry. (NumPy integers: Numba would take each Python constant for a type of its own.)
 INPUT, TARGET, OUT = np.int64(0), np.int64(1), np.int64(2)
 SECOND = TARGET  # where there is no target, the result
 
-# What a kernel counts, int64.
-KEPT, BAD = range(2)
-
 # The integer types of index targets; bool is read as uint8, and uint64 as int64 (from 2**63 on it is negative there, so
 # out of range).
 TARGET_KINDS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+@inline
+def scratch_width(geometry):
+    """Elements of scratch for a value per row: room for a vector more, and rows that begin on a cache line's border."""
+    return (geometry[TILE_ROWS] + 15) // 16 * 16 + PADDING
 
 
 @allocating
@@ -70,68 +83,99 @@ def inner_stride(geometry, array):
     return geometry[HEADER + n_axes + (array + 1) * (n_axes + 2) - 1]
 
 
+@inline
+def is_dense(geometry, array, step, start, n):
+    """Whether the rows ``start .. start + n`` of an array lie side by side, ``step`` apart."""
+    length = geometry[HEADER + geometry[N_AXES] - 1]
+    return inner_stride(geometry, array) == step and start % length + n <= length
+
+
+@inline
+def row_offset(geometry, array, row):
+    """The offset of a row of an array."""
+    n_axes = geometry[N_AXES]
+    strides = HEADER + n_axes + array * (n_axes + 2)
+    offset = geometry[strides]
+    for axis in range(n_axes - 1, -1, -1):
+        offset += (row % geometry[HEADER + axis]) * geometry[strides + 2 + axis]
+        row //= geometry[HEADER + axis]
+    return offset
+
+
 @subroutine
 def row_offsets(geometry, array, start, n, offsets):
-    """Write the offsets of the rows ``start .. start + n`` of an array."""
-    n_axes = geometry[N_AXES]
-    shape = HEADER
-    strides = HEADER + n_axes + array * (n_axes + 2)
-    length = geometry[shape + n_axes - 1]
-    step = geometry[strides + 1 + n_axes]
+    """Write the offsets of the rows ``start .. start + n`` of an array, and up to a vector of anything behind them."""
+    length = geometry[HEADER + geometry[N_AXES] - 1]
+    step = inner_stride(geometry, array)
+    n_lanes = lanes(0.0)
+    steps, vector_step = lane_steps(step), splat(n_lanes * step)
     done = 0
     while done < n:
-        first = (start + done) % length
-        outer = (start + done) // length
-        offset = geometry[strides] + first * step
-        for axis in range(n_axes - 2, -1, -1):
-            offset += (outer % geometry[shape + axis]) * geometry[strides + 2 + axis]
-            outer //= geometry[shape + axis]
-        count = min(n - done, length - first)
-        for i in range(count):
-            offsets[done + i] = offset + i * step
+        row = start + done
+        count = min(n - done, length - row % length)
+        value = splat(row_offset(geometry, array, row)) + steps
+        for i in range(0, count, n_lanes):
+            store(offsets, done + i, value)
+            value = value + vector_step
         done += count
 
 
 @subroutine
-def _read_targets(data, offsets, n, like, targets):
-    for i in range(n):
-        targets[i] = np.int64(load_integer(data, offsets[i], like))
+def _load_targets(data, geometry, start, n, offsets, itemsize, like, targets):
+    """Widen index targets of the type of ``like`` to int64."""
+    n_lanes = lanes(0.0)
+    if is_dense(geometry, TARGET, itemsize, start, n) and n >= n_lanes:
+        offset = row_offset(geometry, TARGET, start)
+        for slot in range(0, n, n_lanes):
+            i = min(slot, n - n_lanes)
+            store(targets, i, load_integers(data, offset + i * itemsize, like))
+    else:
+        row_offsets(geometry, TARGET, start, n, offsets)
+        for i in range(n):
+            targets[i] = np.int64(load_integer(data, offsets[i], like))
 
 
 @subroutine
-def read_targets(data, offsets, n, n_classes, options, targets, near, counts):
-    """Write the class of each row, ``IGNORED`` or ``OUT_OF_RANGE``; count the rows kept and the bad ones.
+def read_targets(data, geometry, start, n, offsets, targets, near):
+    """Write the class of each row, ``IGNORED`` or ``OUT_OF_RANGE``, and ``IGNORED`` for a vector behind them; how many
+    are kept, and how many out of range.
 
     ``near`` gets the low 32 bits, to be compared with classes in narrow lanes.
     """
-    kind = options[TARGET_KIND]
+    kind = geometry[TARGET_KIND]
+    itemsize = 1 << (kind & 3)
     if kind == 3 or kind == 7:
-        _read_targets(data, offsets, n, np.int64(0), targets)
+        _load_targets(data, geometry, start, n, offsets, itemsize, np.int64(0), targets)
     elif kind == 2:
-        _read_targets(data, offsets, n, np.int32(0), targets)
+        _load_targets(data, geometry, start, n, offsets, itemsize, np.int32(0), targets)
     elif kind == 0:
-        _read_targets(data, offsets, n, np.int8(0), targets)
+        _load_targets(data, geometry, start, n, offsets, itemsize, np.int8(0), targets)
     elif kind == 1:
-        _read_targets(data, offsets, n, np.int16(0), targets)
+        _load_targets(data, geometry, start, n, offsets, itemsize, np.int16(0), targets)
     elif kind == 4:
-        _read_targets(data, offsets, n, np.uint8(0), targets)
+        _load_targets(data, geometry, start, n, offsets, itemsize, np.uint8(0), targets)
     elif kind == 5:
-        _read_targets(data, offsets, n, np.uint16(0), targets)
+        _load_targets(data, geometry, start, n, offsets, itemsize, np.uint16(0), targets)
     else:
-        _read_targets(data, offsets, n, np.uint32(0), targets)
-    has_ignore, ignore_index = options[HAS_IGNORE] != 0, options[IGNORE_INDEX]
-    kept = 0
-    bad = 0
-    for i in range(n):
-        target = targets[i]
-        ignored = has_ignore and target == ignore_index
-        outside = target < 0 or target >= n_classes
-        targets[i] = IGNORED if ignored else (OUT_OF_RANGE if outside else target)
-        near[i] = np.int32(targets[i])
-        kept += not (ignored or outside)
-        bad += outside and not ignored
-    counts[KEPT] += kept
-    counts[BAD] += bad
+        _load_targets(data, geometry, start, n, offsets, itemsize, np.uint32(0), targets)
+    n_lanes = lanes(0.0)
+    zero, one = splat(np.int64(0)), splat(np.int64(1))
+    n_classes, ignore_index = splat(geometry[N_CLASSES]), splat(geometry[IGNORE_INDEX])
+    has_ignore = splat(geometry[HAS_IGNORE]) == one
+    kept, bad = zero, zero
+    for i in range(0, n, n_lanes):
+        target = load_integers(targets, 8 * i, np.int64(0))
+        value = where((target >= zero) & (target < n_classes), target, splat(np.int64(OUT_OF_RANGE)))
+        value = where(has_ignore & (target == ignore_index), splat(np.int64(IGNORED)), value)
+        value = where(iota(0.0) < splat(n - i), value, splat(np.int64(IGNORED)))
+        kept = kept + where(value >= zero, one, zero)
+        bad = bad + where(value == splat(np.int64(OUT_OF_RANGE)), one, zero)
+        store(targets, i, value)
+        store(near, i, value)
+    behind = (n + n_lanes - 1) // n_lanes * n_lanes
+    store(targets, behind, splat(np.int64(IGNORED)))
+    store(near, behind, splat(np.int64(IGNORED)))
+    return tree_sum(kept), tree_sum(bad)
 
 
 @subroutine
@@ -139,3 +183,18 @@ def copy_classes(x, offset, stride, low, high, stage):
     """Copy the classes ``low .. high`` of a row, wherever they lie, to the front of ``stage``."""
     for c in range(high - low):
         stage[c] = x[offset + (low + c) * stride]
+
+
+@subroutine
+def put_rows(out, geometry, array, start, n, offsets, values):
+    """Write the results of a tile's rows."""
+    n_lanes = lanes(values[0])
+    if n >= n_lanes and is_dense(geometry, array, 1, start, n):
+        offset = row_offset(geometry, array, start)
+        for slot in range(0, n, n_lanes):
+            i = min(slot, n - n_lanes)
+            store(out, offset + i, load(values, i, values[0]))
+    else:
+        row_offsets(geometry, array, start, n, offsets)
+        for i in range(n):
+            out[offsets[i]] = values[i]

@@ -33,6 +33,8 @@ def resolve(
 
 def divide(total: float, denominator: float) -> float:
     """IEEE division of two Python floats: 0 / 0 is NaN and x / 0 an infinity, without a warning."""
+    if denominator != 0:
+        return total / denominator
     with np.errstate(divide="ignore", invalid="ignore"):
         return float(np.float64(total) / np.float64(denominator))
 

@@ -47,6 +47,7 @@ class _Memory:
         self.__array_interface__ = {"data": (address, False), "shape": (count,), "typestr": typestr, "version": 3}
 
 
+@functools.lru_cache(maxsize=64)
 def storage_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype under which the kernels see data: uint16 for float16, int16 for bfloat16 (Numba has neither)."""
     if dtype.char == "e":
@@ -56,6 +57,7 @@ def storage_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype
 
 
+@functools.lru_cache(maxsize=64)
 def compute_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
     """The dtype of the result: halves count as float32, integers and bool as float64."""
     if all(d.char == "f" or d.itemsize == 2 for d in dtypes if is_floating(d)) and all(is_floating(d) for d in dtypes):
@@ -63,26 +65,36 @@ def compute_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64)
 
 
+class Layout(NamedTuple):
+    """How an array lies in its memory: its dtype, shape, strides in bytes, and at which byte its first element is."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    strides: Strides
+    origin: int
+
+
 def lies_well(array: Array) -> bool:
     """Whether the kernels can read the array where it lies: floating, in native byte order, aligned, whole strides."""
+    if not (is_floating(array.dtype) and array.dtype.isnative):
+        return False
+    flags = array.flags
     itemsize = array.itemsize
-    return (
-        is_floating(array.dtype)
-        and array.dtype.isnative
-        and array.flags.aligned
-        and all(s % itemsize == 0 for s in array.strides)
-    )
+    return flags.aligned and (flags.c_contiguous or all(s % itemsize == 0 for s in array.strides))
 
 
-def flatten(array: Array, dtype: np.dtype[Any]) -> tuple[Array, int]:
-    """All the memory that a non-empty array spans, as ``dtype``, and where in it the array's first element is.
+def flatten(array: Array, is_index: bool = False) -> tuple[Array, Layout]:
+    """All the memory that a non-empty array spans (of class indices, the bytes), and how the array lies in it.
 
     The view is writeable in name, so that Numba compiles nothing twice; the kernels write to their results alone.
     """
+    dtype = _BYTES if is_index else storage_dtype(array.dtype)
     flags = array.flags
     if flags.c_contiguous and flags.writeable:
         flat = array.reshape(-1)
-        return flat if flat.dtype == dtype else flat.view(dtype), 0
+        if flat.dtype is not dtype:
+            flat = flat.view(dtype)
+        return flat, Layout(array.dtype, array.shape, array.strides, 0)
     low = high = 0
     for length, stride in zip(array.shape, array.strides, strict=True):
         if stride < 0:
@@ -92,7 +104,7 @@ def flatten(array: Array, dtype: np.dtype[Any]) -> tuple[Array, int]:
     address: int = array.__array_interface__["data"][0]
     count = (high - low + array.itemsize) // dtype.itemsize
     memory = _Memory(array, address + low, count, dtype.str)
-    return np.asarray(memory), -low // dtype.itemsize
+    return np.asarray(memory), Layout(array.dtype, array.shape, array.strides, -low)
 
 
 def tile_rows(n_rows: int, n_classes: int, in_rows: bool) -> int:
@@ -125,19 +137,29 @@ def geometry(
     shape: tuple[int, ...],
     n_classes: int,
     tile: int,
-    origins: tuple[int, ...],
-    class_strides: tuple[int, ...],
-    strides: tuple[Strides, ...],
+    arrays: tuple[tuple[Layout | None, int | None], ...],
     options: "Options",
 ) -> Array:
-    """The table of :mod:`fastloss._kernels.tiles` for rows of this shape."""
-    shape, strides = merge_axes(shape, strides)
+    """The table of :mod:`fastloss._kernels.tiles` for rows of this shape, and arrays with the given class axes (or none).
+
+    Class indices are counted in bytes, and a result that is not wanted is None.
+    """
+    places = []
+    for layout, class_axis in arrays:
+        if layout is None:
+            places.append((0, 0, (0,) * len(shape)))
+        else:
+            unit = layout.dtype.itemsize if is_floating(layout.dtype) else 1
+            steps = tuple(s // unit for s in layout.strides)
+            class_stride = 0 if class_axis is None else steps[class_axis]
+            places.append((layout.origin // unit, class_stride, without(steps, class_axis)))
+    shape, strides = merge_axes(shape, tuple(steps for _, _, steps in places))
     n_rows = math.prod(shape)
     run = shape[-1] if shape[-1] >= _SHORT_RUN else n_rows
     n_tiles = n_rows // run * -(-run // tile)
     task = max(1, min(MAX_TASK, n_tiles // MIN_TASKS))
     table: list[int] = [n_rows, n_classes, tile, n_tiles, task, run, len(shape), *options, *shape]
-    for origin, class_stride, steps in zip(origins, class_strides, strides, strict=True):
+    for (origin, class_stride, _), steps in zip(places, strides, strict=True):
         table += [origin, class_stride, *steps]
     return np.array(table, np.int64)
 
@@ -164,71 +186,60 @@ class Options(NamedTuple):
     is_log: bool = False
 
 
-class Operand(NamedTuple):
-    """An array that a kernel reads or writes, of the rows' shape and, unless ``class_axis`` is None, one axis more.
-
-    ``is_index`` marks class indices, which are read as bytes so that one kernel takes every integer dtype. A result
-    that is not wanted is empty.
-    """
-
-    array: Array
-    class_axis: int | None = None
-    is_index: bool = False
-
-
 @functools.cache
-def _one(dtype: np.dtype[Any]) -> Array:
+def one(dtype: np.dtype[Any]) -> Array:
     """One element, for the kernels to see the dtype of a result that is not wanted."""
     return np.zeros(1, dtype)
 
 
 def lay_out(
-    shape: tuple[int, ...], n_classes: int, tile: int, operands: Iterable[Operand], options: Options
+    shape: tuple[int, ...],
+    n_classes: int,
+    tile: int,
+    arrays: Iterable[tuple[Array | None, int | None]],
+    dtype: np.dtype[Any],
+    options: Options,
 ) -> tuple[list[Array], Array]:
-    """The operands as flat memory, and the geometry of their rows, which have the given shape."""
-    flats, origins, class_strides, strides = [], [], [], []
-    for array, class_axis, is_index in operands:
-        if not array.size:
-            flats.append(_one(array.dtype))
-            origins.append(0)
-            class_strides.append(0)
-            strides.append((0,) * len(shape))
-            continue
-        unit = 1 if is_index else array.itemsize
-        flat, origin = flatten(array, _BYTES if is_index else storage_dtype(array.dtype))
-        steps = array.strides if is_index else tuple(s // unit for s in array.strides)
+    """Arrays with their class axes as flat memory (a result that is not wanted as one element of ``dtype``), and the
+    geometry of their rows, which have the given shape.
+    """
+    flats, layouts = [], []
+    for array, class_axis in arrays:
+        flat, layout = (one(dtype), None) if array is None else flatten(array)
         flats.append(flat)
-        origins.append(origin)
-        class_strides.append(0 if class_axis is None else steps[class_axis])
-        strides.append(without(steps, class_axis))
-    return flats, geometry(shape, n_classes, tile, tuple(origins), tuple(class_strides), tuple(strides), options)
+        layouts.append((layout, class_axis))
+    return flats, geometry(shape, n_classes, tile, tuple(layouts), options)
 
 
 def readable_pieces(
-    inputs: tuple[Operand, ...], result: Operand, dtype: np.dtype[Any]
-) -> Iterator[tuple[Operand, ...]]:
-    """The inputs, and the result that goes with them, as the kernels can read them.
+    inputs: tuple[tuple[Array, int | None, bool], ...], result: tuple[Array | None, int | None], dtype: np.dtype[Any]
+) -> Iterable[tuple[Any, ...]]:
+    """The inputs, and the result that goes with them (or None), as the kernels can read them.
 
-    Where all inputs lie well that is themselves, once. Else it is piece after piece of the rows, the inputs copied
-    (integers that are no class indices as ``dtype``), the result as a view.
+    An input is an array, its class axis (None for class indices and pointwise values) and whether it holds class
+    indices; a result is an array and its class axis. Where all inputs lie well that is themselves, once. Else it is
+    piece after piece of the rows, the inputs copied (integers that are no class indices as ``dtype``), the result as a
+    view.
     """
-    if all(a.dtype.isnative if is_index else lies_well(a) for a, _, is_index in inputs):
-        yield (*inputs, result)
-        return
+    for array, _, is_index in inputs:
+        if not (array.dtype.isnative if is_index else lies_well(array)):
+            return _copied_pieces(inputs, result, dtype)
+    return ((*(array for array, _, _ in inputs), result[0]),)
+
+
+def _copied_pieces(
+    inputs: tuple[tuple[Array, int | None, bool], ...], result: tuple[Array | None, int | None], dtype: np.dtype[Any]
+) -> Iterator[tuple[Any, ...]]:
     array, class_axis, _ = inputs[0]
+    out, out_axis = result
     for cut in pieces(array.shape, () if class_axis is None else (class_axis,)):
         row_cut = without(cut, class_axis)
         copies = []
         for source, axis, is_index in inputs:
             native = source.dtype.newbyteorder("=") if is_index or is_floating(source.dtype) else dtype
-            copies.append(
-                Operand(np.array(source[row_cut if axis is None else cut], native, order="C"), axis, is_index)
-            )
+            copies.append(np.array(source[row_cut if axis is None else cut], native, order="C"))
         # (With the ellipsis, an index of a 0-d array gives a view too.)
-        piece = (
-            result.array[(*(row_cut if result.class_axis is None else cut), ...)] if result.array.size else result.array
-        )
-        yield (*copies, Operand(piece, result.class_axis))
+        yield (*copies, None if out is None else out[(*(row_cut if out_axis is None else cut), ...)])
 
 
 def pieces(shape: tuple[int, ...], whole_axes: tuple[int, ...] = ()) -> Iterator[tuple[slice, ...]]:

@@ -23,6 +23,8 @@ _UNSET: Any = object()
 # A vector of padding behind the weights: rows shorter than a vector read past them.
 _PADDING = 16
 
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
 # What gathering one entry costs, in entries read one after the other (a cache line of float32).
 _GATHER_COST = 16
 
@@ -279,7 +281,7 @@ def kl_div(
     shape = _validation.broadcast_shape(log_probabilities, goal)
     dtype = _views.compute_dtype(log_probabilities.dtype, goal.dtype)
     total, values = _kl_pointwise(log_probabilities, goal, shape, dtype, bool(log_target), reduction == "none")
-    if reduction == "none":
+    if values is not None:
         return values[()]
     if reduction == "mean":
         total = _reduction.divide(total, math.prod(shape))
@@ -454,8 +456,18 @@ def logsumexp(
 
 
 def _scalar(value: float, dtype: np.dtype[Any]) -> Any:
+    if -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32:
+        return dtype.type(value)
     with np.errstate(over="ignore"):
         return dtype.type(value)
+
+
+@functools.cache
+def _late_runtime() -> Any:
+    """What runs the kernels, imported with the first call."""
+    from fastloss import _runtime
+
+    return _runtime
 
 
 @functools.lru_cache(maxsize=8)
@@ -473,7 +485,6 @@ def _padded_weights(weights: Array | None, n_classes: int, dtype: np.dtype[Any])
     return padded
 
 
-@functools.lru_cache(maxsize=64)
 def _index_options(dtype: np.dtype[Any], ignore_index: int, weighted: bool, wants_rows: bool) -> _views.Options:
     """The options of a kernel with index targets of this dtype."""
     from fastloss._kernels.tiles import TARGET_KINDS
@@ -487,11 +498,39 @@ def _index_options(dtype: np.dtype[Any], ignore_index: int, weighted: bool, want
     return _views.Options(kind, has_ignore, bits, weighted, wants_rows, not wants_rows)
 
 
-def _is_in_rows(array: Array, axis: int, n_rows: int) -> bool:
+def _is_in_rows(n_rows: int, n_classes: int, is_contiguous: bool) -> bool:
     """Whether a kernel takes classes of one row to a vector (else one class of several rows)."""
-    if n_rows < _views.FEW_ROWS:
-        return True
-    return array.shape[axis] > _views.FEW_CLASSES and array.strides[axis] == array.itemsize
+    return n_rows < _views.FEW_ROWS or (n_classes > _views.FEW_CLASSES and is_contiguous)
+
+
+@functools.lru_cache(maxsize=512)
+def _index_plan(
+    logits: _views.Layout,
+    target: _views.Layout,
+    result: _views.Layout | None,
+    axis: int,
+    ignore_index: int,
+    weighted: bool,
+    smoothed: bool,
+    is_nll: bool,
+) -> tuple[Any, int, Array]:
+    """The kernel for arrays that lie as told, what its work amounts to (in elements), and its geometry."""
+    from fastloss._kernels import gather, losses
+
+    dtype, shape, strides, _ = logits
+    target_dtype, rows, _, _ = target
+    n_classes, n_rows = shape[axis], math.prod(rows)
+    in_rows = _is_in_rows(n_rows, n_classes, strides[axis] == dtype.itemsize)
+    if is_nll:
+        kernel = gather.nll
+    elif smoothed:
+        kernel = losses.smoothed_rows if in_rows else losses.smoothed_planes
+    else:
+        kernel = losses.cross_entropy_rows if in_rows else losses.cross_entropy_planes
+    tile = _views.tile_rows(n_rows, n_classes, in_rows and not is_nll)
+    options = _index_options(target_dtype, ignore_index, weighted, result is not None)
+    table = _views.geometry(rows, n_classes, tile, ((logits, axis), (target, None), (result, None)), options)
+    return kernel, (_GATHER_COST if is_nll else n_classes) * n_rows, table
 
 
 def _index_loss(
@@ -505,43 +544,33 @@ def _index_loss(
     is_nll: bool,
 ) -> Any:
     """Cross-entropy or negative log-likelihood with class indices."""
-    from fastloss import _runtime
-    from fastloss._kernels import gather, losses
-
     n_classes = logits.shape[axis]
     dtype = _views.compute_dtype(logits.dtype)
-    wants_rows = reduction == "none"
-    out = np.empty(target.shape if wants_rows else 0, dtype)
+    weighted, wants_rows = weights is not None, reduction == "none"
+    out = np.empty(target.shape, dtype) if wants_rows else None
     total, weight_sum, kept = 0.0, 0.0, 0
     if target.size:
-        reads_weights = weights is not None or label_smoothing > 0
+        runtime = _late_runtime()
+        ledger = runtime.new_ledger()
+        weight = _padded_weights(weights, n_classes if weighted or label_smoothing else 0, dtype)
         keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
-        weight = _padded_weights(weights, n_classes if reads_weights else 0, dtype)
-        options = _index_options(target.dtype, ignore_index, weights is not None, wants_rows)
-        ledger = _runtime.new_ledger()
-        inputs = (_views.Operand(logits, axis), _views.Operand(target, is_index=True))
-        for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
-            x, rows = operands[0].array, operands[1].array.shape
-            n_rows = math.prod(rows)
-            in_rows = _is_in_rows(x, axis, n_rows)
-            tile = _views.tile_rows(n_rows, n_classes, in_rows and not is_nll)
-            (flat, labels, result), table = _views.lay_out(rows, n_classes, tile, operands, options)
-            if is_nll:
-                kernel = gather.nll
-            elif label_smoothing:
-                kernel = losses.smoothed_rows if in_rows else losses.smoothed_planes
-            else:
-                kernel = losses.cross_entropy_rows if in_rows else losses.cross_entropy_planes
-            size = _GATHER_COST * n_rows if is_nll else x.size
-            total, weight_sum, kept, bad = _runtime.run(
-                kernel, size, ledger, flat, labels, weight, result, table, keep, spread
+        inputs = ((logits, axis, False), (target, None, True))
+        for x, labels, result in _views.readable_pieces(inputs, (out, None), dtype):
+            flat, x_layout = _views.flatten(x)
+            flat_labels, labels_layout = _views.flatten(labels, is_index=True)
+            flat_out, out_layout = (_views.one(dtype), None) if result is None else _views.flatten(result)
+            kernel, n_elements, table = _index_plan(
+                x_layout, labels_layout, out_layout, axis, ignore_index, weighted, label_smoothing > 0, is_nll
+            )
+            total, weight_sum, kept, bad = runtime.run(
+                kernel, n_elements, ledger, flat, flat_labels, weight, flat_out, table, keep, spread
             )
             if bad:
                 _validation.target_out_of_range(target, n_classes, ignore_index)
-    if wants_rows:
+    if out is not None:
         return out[()]
     if reduction == "mean":
-        denominator = float(kept) if weights is None else weight_sum
+        denominator = weight_sum if weighted else float(kept)
         if label_smoothing and kept and denominator == 0:
             return _smoothed_mean_of_no_weight(logits, target, axis, weights, ignore_index, label_smoothing)
         total = _reduction.divide(total, denominator)
@@ -561,31 +590,30 @@ def _probability_loss(
     logits: Array, target: Array, axis: int, weights: Array | None, reduction: str, label_smoothing: float
 ) -> Any:
     """Cross-entropy with class probabilities."""
-    from fastloss import _runtime
     from fastloss._kernels import losses
 
+    runtime = _late_runtime()
     n_classes = logits.shape[axis]
     shape = _validation.row_shape(logits.shape, axis)
     dtype = _views.compute_dtype(logits.dtype, target.dtype)
     wants_rows = reduction == "none"
-    out = np.empty(shape if wants_rows else 0, dtype)
+    out = np.empty(shape, dtype) if wants_rows else None
     total = 0.0
     if logits.size:
         weight = _padded_weights(weights, n_classes, dtype)
-        ledger = _runtime.new_ledger()
+        ledger = runtime.new_ledger()
         options = _views.Options(wants_rows=wants_rows, wants_sum=not wants_rows)
         keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
-        inputs = (_views.Operand(logits, axis), _views.Operand(target, axis))
-        for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
-            x = operands[0].array
+        for x, y, result in _views.readable_pieces(((logits, axis, False), (target, axis, False)), (out, None), dtype):
             rows = _validation.row_shape(x.shape, axis)
             n_rows = math.prod(rows)
-            in_rows = _is_in_rows(x, axis, n_rows)
+            in_rows = _is_in_rows(n_rows, n_classes, x.strides[axis] == x.itemsize)
             tile = _views.tile_rows(n_rows, n_classes, in_rows)
-            (flat, y, result), table = _views.lay_out(rows, n_classes, tile, operands, options)
+            arrays = ((x, axis), (y, axis), (result, None))
+            (flat, flat_y, flat_out), table = _views.lay_out(rows, n_classes, tile, arrays, dtype, options)
             kernel = losses.probabilities_rows if in_rows else losses.probabilities_planes
-            total, _, _, _ = _runtime.run(kernel, x.size, ledger, flat, y, weight, result, table, keep, spread)
-    if wants_rows:
+            total, _, _, _ = runtime.run(kernel, x.size, ledger, flat, flat_y, weight, flat_out, table, keep, spread)
+    if out is not None:
         return out[()]
     if reduction == "mean":
         total = _reduction.divide(total, math.prod(shape))
@@ -599,29 +627,29 @@ def _kl_pointwise(
     dtype: np.dtype[Any],
     log_target: bool,
     wants_rows: bool,
-) -> tuple[float, Array]:
-    """The sum of the pointwise divergence, or (else 0 and empty) the pointwise divergence."""
-    from fastloss import _runtime
+) -> tuple[float, Array | None]:
+    """The sum of the pointwise divergence, or (else 0 and None) the pointwise divergence."""
     from fastloss._kernels import pointwise
 
-    out = np.empty(shape if wants_rows else 0, dtype)
+    runtime = _late_runtime()
+    out = np.empty(shape, dtype) if wants_rows else None
     total = 0.0
     if math.prod(shape):
-        ledger = _runtime.new_ledger()
+        ledger = runtime.new_ledger()
         options = _views.Options(wants_rows=wants_rows, wants_sum=not wants_rows, is_log=log_target)
-        inputs = tuple(_views.Operand(np.broadcast_to(a, shape)) for a in (log_probabilities, target))
-        for operands in _views.readable_pieces(inputs, _views.Operand(out), dtype):
-            rows = operands[0].array.shape
-            (x, y, result), table = _views.lay_out(rows, 1, _views.ELEMENT_TILE, operands, options)
-            total, _, _, _ = _runtime.run(pointwise.kl, math.prod(rows), ledger, x, y, result, result, table)
+        inputs = tuple((np.broadcast_to(a, shape), None, False) for a in (log_probabilities, target))
+        for x, y, result in _views.readable_pieces(inputs, (out, None), dtype):
+            arrays = ((x, None), (y, None), (result, None))
+            (flat, flat_y, flat_out), table = _views.lay_out(x.shape, 1, _views.ELEMENT_TILE, arrays, dtype, options)
+            total, _, _, _ = runtime.run(pointwise.kl, x.size, ledger, flat, flat_y, flat_out, flat_out, table)
     return total, out
 
 
 def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Log-sum-exp over some axes, which are gone from the result."""
-    from fastloss import _runtime
     from fastloss._kernels import losses
 
+    runtime = _late_runtime()
     shape = tuple(n for a, n in enumerate(values.shape) if a not in axes)
     n_classes = math.prod(values.shape[a] for a in axes)
     out = np.empty(shape, dtype)
@@ -636,39 +664,38 @@ def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Ar
         with np.errstate(over="ignore"):
             return _logsumexp(partial, others, np.dtype(np.float64)).astype(dtype)
     classes_last = np.moveaxis(values, axes, range(len(shape), values.ndim)).reshape(*shape, n_classes)
-    inputs = (_views.Operand(classes_last, len(shape)),)
-    for operands in _views.readable_pieces(inputs, _views.Operand(out), _views.compute_dtype(values.dtype)):
-        x = operands[0].array
+    inputs = ((classes_last, len(shape), False),)
+    for x, result in _views.readable_pieces(inputs, (out, None), _views.compute_dtype(values.dtype)):
         n_rows = x.size // n_classes
-        in_rows = _is_in_rows(x, len(shape), n_rows)
+        in_rows = _is_in_rows(n_rows, n_classes, x.strides[-1] == x.itemsize)
         tile = _views.tile_rows(n_rows, n_classes, in_rows)
-        (flat, result), table = _views.lay_out(x.shape[:-1], n_classes, tile, operands, _views.Options())
+        arrays = ((x, len(shape)), (result, None))
+        (flat, flat_out), table = _views.lay_out(x.shape[:-1], n_classes, tile, arrays, dtype, _views.Options())
         kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes
-        _runtime.run(kernel, x.size, _runtime.new_ledger(), flat, result, result, result, table)
+        runtime.run(kernel, x.size, runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
     return out
 
 
 def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
     """Both of :func:`softmax` and :func:`log_softmax`."""
-    from fastloss import _runtime
     from fastloss._kernels import outputs
 
+    runtime = _late_runtime()
     values = _validation.as_real(input, "input")
     axis = _validation.check_axis(-1 if axis is _UNSET else axis, values.ndim)
     dtype = _views.compute_dtype(values.dtype)
     out = np.empty_like(values, dtype, subok=False)
     if out.size:
-        logits, result = (values.reshape(1), out.reshape(1)) if values.ndim == 0 else (values, out)
+        logits, probabilities = (values.reshape(1), out.reshape(1)) if values.ndim == 0 else (values, out)
         n_classes = logits.shape[axis]
-        inputs = (_views.Operand(logits, axis),)
-        for operands in _views.readable_pieces(inputs, _views.Operand(result, axis), dtype):
-            x = operands[0].array
+        for x, result in _views.readable_pieces(((logits, axis, False),), (probabilities, axis), dtype):
             rows = _validation.row_shape(x.shape, axis)
             n_rows = math.prod(rows)
-            in_rows = _is_in_rows(x, axis, n_rows)
+            in_rows = _is_in_rows(n_rows, n_classes, x.strides[axis] == x.itemsize)
             tile = _views.tile_rows(n_rows, n_classes, in_rows)
             options = _views.Options(is_log=is_log)
-            (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, operands, options)
+            arrays = ((x, axis), (result, axis))
+            (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, arrays, dtype, options)
             kernel = outputs.softmax_rows if in_rows else outputs.softmax_planes
-            _runtime.run(kernel, x.size, _runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
+            runtime.run(kernel, x.size, runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
     return out[()]

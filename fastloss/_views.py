@@ -140,7 +140,7 @@ def geometry(
     arrays: tuple[tuple[Layout | None, int | None], ...],
     options: "Options",
 ) -> Array:
-    """The table of :mod:`fastloss._kernels.tiles` for rows of this shape, and arrays with the given class axes (or none).
+    """The table of :mod:`fastloss._kernels.tiles` for rows of this shape and arrays with these class axes.
 
     Class indices are counted in bytes, and a result that is not wanted is None.
     """

@@ -489,9 +489,10 @@ def _index_options(dtype: np.dtype[Any], ignore_index: int, weighted: bool, want
     """The options of a kernel with index targets of this dtype."""
     from fastloss._kernels.tiles import TARGET_KINDS
 
-    integer = np.dtype(np.uint8) if dtype == bool else dtype
+    is_bool = dtype.kind == "b"
+    integer = np.dtype(np.uint8) if is_bool else dtype
     limits = np.iinfo(integer)
-    low, high = (0, 1) if dtype == bool else (int(limits.min), int(limits.max))
+    low, high = (0, 1) if is_bool else (int(limits.min), int(limits.max))
     has_ignore = low <= ignore_index <= high
     bits = (ignore_index + 2**63) % 2**64 - 2**63 if has_ignore else 0
     kind = TARGET_KINDS.index(f"{'u' if integer.kind == 'u' else ''}int{8 * integer.itemsize}")

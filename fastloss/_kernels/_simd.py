@@ -440,7 +440,7 @@ def load_integer(typingctx, data, offset, like):
 
 @intrinsic
 def load_integers(typingctx, data, offset, like):
-    """A vector of int64 from as many integers of the type of ``like``, ``offset`` bytes into ``data``, aligned or not."""
+    """A vector of int64 from as many integers of the type of ``like``, ``offset`` bytes into ``data``, not aligned."""
     vector = Vector.of(types.int64)
 
     def codegen(context, builder, sig, args):

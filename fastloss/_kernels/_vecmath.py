@@ -156,7 +156,7 @@ def _make_log(dtype, coefficients):
 
 @inline
 def _sum_and_error(a, b):
-    """a + b as the rounded sum and its rounding error, exactly (Knuth's two-sum)."""
+    """Knuth's two-sum: the rounded sum, and its rounding error exactly."""
     total = a + b
     of_b = total - a
     return total, (a - (total - of_b)) + (b - of_b)

@@ -130,7 +130,7 @@ def _add_block(totals, sums, n_slots):
 
 @inline
 def _ask_ahead(x, at, c, distance, stride, n_classes, n_slots, n_lanes, n):
-    """Ask for the tile's rows, from ``at`` on, ``distance`` classes after c; past the last, of the tile that follows."""
+    """Ask for the tile's rows, from ``at`` on, ``distance`` classes after c; past the last, of the next tile."""
     ahead = at + distance * stride
     if c + distance >= n_classes:
         ahead += n - n_classes * stride

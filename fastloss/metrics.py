@@ -7,11 +7,10 @@ the scorers' methods for metadata routing alone, which only scikit-learn and its
 The checks of labels are in :mod:`fastloss._labels`, the arithmetic in :mod:`fastloss._kernels.scores`.
 """
 
-import dataclasses
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -122,6 +121,7 @@ def log_loss(
     y, weights = _check_rows(y_true, proba, sample_weight)
     target = _labels.as_target(y, labels, _n_classes(proba), "y_prob")
     if proba.shape[1] == 1 and (proba.dtype.char == "e" or target.indicator is not None):
+        _check_probabilities(proba, not ((proba >= 0) & (proba <= 1)).all())
         proba = np.concatenate([1 - proba, proba], axis=1)  # (float16's complements are rounded to float16)
     return _log_loss(proba, target, weights, normalize)
 
@@ -418,7 +418,6 @@ def top_k_accuracy_from_logits(
 # ------------------------------------------------------------------------------------------------------------ scorers
 
 
-@dataclass(frozen=True)
 class _Scorer:
     """A callable for ``scoring=``: the negative loss of what an estimator's method returns, with its ``classes_``.
 
@@ -426,20 +425,28 @@ class _Scorer:
     metadata follow its protocol for consumers.
     """
 
-    name: str
-    loss: Callable[..., float]
-    response_method: str
-    sample_weight_request: bool | str | None = None
+    def __init__(self, name: str, loss: Callable[..., float], response_method: str) -> None:
+        self._name = name
+        self._loss = loss
+        self._response_method = response_method
+        self._request: bool | str | None = None
 
     def __repr__(self) -> str:
-        return f"{__name__}.{self.name}"
+        asked = "" if self._request is None else f".set_score_request(sample_weight={self._request!r})"
+        return f"{__name__}.{self._name}{asked}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Scorer) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((self._name, self._request))
 
     def __call__(self, estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:  # noqa: N803
         classes = getattr(estimator, "classes_", None)
-        scores = np.asarray(getattr(estimator, self.response_method)(X))
-        if self.response_method == "predict_proba" and classes is not None and len(classes) == scores.shape[-1] == 2:
+        scores = np.asarray(getattr(estimator, self._response_method)(X))
+        if self._response_method == "predict_proba" and classes is not None and len(classes) == scores.shape[-1] == 2:
             scores = scores[:, 1]  # as scikit-learn's scorers do: the other probability is 1 minus this one
-        return -self.loss(y, scores, sample_weight=sample_weight, labels=classes)
+        return -self._loss(y, scores, sample_weight=sample_weight, labels=classes)
 
     def set_score_request(self, *, sample_weight: bool | str | None) -> "_Scorer":
         """A scorer that asks scikit-learn's metadata routing for weights: True, False, None, or under which name.
@@ -453,15 +460,21 @@ class _Scorer:
                 "This method is only available when metadata routing is enabled. You can enable it using "
                 "sklearn.set_config(enable_metadata_routing=True)."
             )
-        return dataclasses.replace(self, sample_weight_request=sample_weight)
+        scorer = copy.copy(self)
+        scorer._request = sample_weight
+        return scorer
 
     def get_metadata_routing(self) -> Any:
         """What scikit-learn's routing is told: that ``score`` takes ``sample_weight``."""
         from sklearn.utils.metadata_routing import MetadataRequest
 
         request = MetadataRequest(owner=self)
-        request.score.add_request(param="sample_weight", alias=self.sample_weight_request)
+        request.score.add_request(param="sample_weight", alias=self._request)
         return request
+
+    def _routing_repr(self) -> str:
+        """What the messages of scikit-learn's routing call the scorer."""
+        return repr(self)
 
     def _accept_sample_weight(self) -> bool:
         """Asked by scikit-learn's searches and multimetric scorers where metadata routing is off."""

@@ -9,6 +9,7 @@ for softmax and log_softmax, its result and 8 MiB. Linux only: the peak is VmHWM
 """
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -86,6 +87,7 @@ def _status(field):
 
 def peak_growth(call):
     """What a call returns, and the peak of the process's memory in MiB during it beyond what it held before."""
+    ctypes.CDLL(None).malloc_trim(0)  # (what was freed before would hide what is allocated now)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     result = call()

@@ -74,7 +74,7 @@ def encode(labels: Array, name: str, n_expected: int = 0) -> tuple[Array, Array]
         return _encode_integers(labels, n_expected)
     if kind == "f":
         return _encode_floats(labels, name, n_expected)
-    if kind == "U" and labels.itemsize:
+    if kind == "U":
         return _encode_strings(labels)
     if kind in "OT":
         return _encode_objects(labels, name)

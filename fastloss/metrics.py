@@ -521,7 +521,7 @@ def _as_weights(sample_weight: Any, shape: tuple[int, ...]) -> Array:
         return np.empty(0)
     array = _validation.as_array(sample_weight, "sample_weight")
     if array.ndim == 0 and shape:
-        raise ParameterError(f"sample_weight: got {sample_weight!r}, expected an array-like or None")
+        raise ParameterError(f"sample_weight: got {array}, expected an array-like or None")
     if array.dtype.kind not in "biufO":
         raise ParameterError(f"sample_weight: got dtype {array.dtype}, expected real numbers")
     if array.shape != shape:
@@ -543,8 +543,9 @@ def _check_rows(y_true: Any, scores: Array, sample_weight: Any) -> tuple[Array, 
     """The labels and the weights, as many as there are rows of scores."""
     y = _labels.as_labels(y_true, "y_true")
     lengths = [len(scores), len(y)]
-    if sample_weight is not None and hasattr(sample_weight, "__len__"):
-        lengths.append(len(sample_weight))
+    if sample_weight is not None:
+        sample_weight = _validation.as_array(sample_weight, "sample_weight")
+        lengths += sample_weight.shape[:1]
     if len(set(lengths)) > 1:
         raise ValueError(f"Found input variables with inconsistent numbers of samples: {lengths}")
     return y, _as_weights(sample_weight, (len(scores),))

@@ -529,6 +529,7 @@ ERRORS = [
     ("NaN weight", "Input sample_weight contains NaN", ([0, 1, 0], TWO), {"sample_weight": [1, NAN, 0]}),
     ("infinite weight", "Input sample_weight contains infinity", ([0, 1, 0], TWO), {"sample_weight": [1, INF, 0]}),
     ("scalar weight", "sample_weight: got 2.0", ([0, 1, 0], TWO), {"sample_weight": 2.0}),
+    ("0-d weight", "sample_weight: got 2.0", ([0, 1, 0], TWO), {"sample_weight": np.array(2.0)}),
     ("text weights", "sample_weight: got dtype", ([0, 1, 0], TWO), {"sample_weight": ["1", "2", "3"]}),
     ("missing weight", "Input sample_weight contains NaN", ([0, 1, 0], TWO), {"sample_weight": [1, 2, None]}),
     ("object weights", "sample_weight: got dtype", ([0, 1, 0], TWO), {"sample_weight": [1, 2, "three"]}),

@@ -50,7 +50,10 @@ def as_array(value: Any, name: str) -> Array:
 
 
 def as_labels(value: Any, name: str) -> Array:
-    """Labels as an array; a list of strings is not made one of fixed width, which would take longer than coding it."""
+    """Labels as an array, a list of strings as one of objects.
+
+    1,000,000 strings of nine characters are coded in 63 ms so, in 111 ms by way of an array of fixed width.
+    """
     if isinstance(value, list | tuple) and value and isinstance(value[0], str):
         return np.fromiter(value, object, len(value))
     array = as_array(value, name)
@@ -191,8 +194,8 @@ def _places(labels: Array, classes: Array) -> Array:
 
 
 def as_classes(labels: Any, must_be_sorted: bool) -> Array:
-    """The classes that the argument ``labels`` lists; unsorted ones are sorted, with a warning to the caller's caller's
-    caller.
+    """The classes that the argument ``labels`` lists; unsorted ones are sorted, with a warning (at the line that called
+    the public function, which calls :func:`as_target`).
     """
     array = as_labels(labels, "labels")
     if array.ndim != 1:
@@ -222,7 +225,7 @@ def as_classes(labels: Any, must_be_sorted: bool) -> Array:
 
 def row_pieces(shape: tuple[int, ...]) -> Iterator[slice]:
     """Cut the rows of an array of one or two dimensions into pieces of about :data:`fastloss._views.PIECE` elements."""
-    step = max(1, _views.PIECE // math.prod(shape[1:]))
+    step = max(1, _views.PIECE // max(1, math.prod(shape[1:])))
     for begin in range(0, shape[0], step):
         yield slice(begin, min(begin + step, shape[0]))
 
@@ -274,7 +277,8 @@ def _label_target(labels: Array, classes: Array | None, listed: Any, n_classes: 
 def _indicator_target(labels: Array) -> Target:
     """A column per class, of at most two values. Rows with a single 1 are the codes of classes."""
     codes = np.empty(len(labels), np.int32)
-    low, high = (labels.min(), labels.max()) if labels.dtype.kind in "biuf" else (np.nan, np.nan)
+    has_values = labels.dtype.kind in "biuf" and labels.size
+    low, high = (labels.min(), labels.max()) if has_values else (np.nan, np.nan)
     is_indicator = bool(low == np.rint(low) and high == np.rint(high))
     is_one_hot = bool(high == 1)
     for rows in row_pieces(labels.shape):
@@ -282,8 +286,8 @@ def _indicator_target(labels: Array) -> Target:
         is_indicator = is_indicator and bool(((piece == low) | (piece == high)).all())
         if not is_indicator:
             raise ParameterError(
-                f"y_true: got shape {labels.shape} with more than two values, expected one label per row or an "
-                "indicator matrix (Multioutput target data is not supported with label binarization)"
+                f"y_true: got shape {labels.shape}, expected one label per row or an indicator matrix of two integers "
+                "(Multioutput target data is not supported with label binarization)"
             )
         is_one_hot = is_one_hot and bool((np.count_nonzero(piece, axis=1) == 1).all())
         codes[rows] = piece.argmax(axis=1)

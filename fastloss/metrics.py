@@ -525,9 +525,7 @@ def _as_weights(sample_weight: Any, shape: tuple[int, ...]) -> Array:
     if array.dtype.kind not in "biufO":
         raise ParameterError(f"sample_weight: got dtype {array.dtype}, expected real numbers")
     if array.shape != shape:
-        raise ValueError(
-            f"sample_weight.shape == {array.shape}, expected {shape}! Sample weights must be 1D array: one per row."
-        )
+        raise ValueError(f"sample_weight.shape == {array.shape}, expected {shape}: one weight per row")
     try:
         weights = np.ascontiguousarray(array, np.float64)
     except (TypeError, ValueError) as error:

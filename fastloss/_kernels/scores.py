@@ -158,24 +158,25 @@ def _brier_tile(x, table, offset, codes, n, parameters, values, scratch, faults)
     sum of positive numbers, in which nothing cancels where p[t] is nearly 1.
     """
     n_classes = table[N_CLASSES]
+    zero, lane = splat(0.0), iota(0.0)
     invalid = 0
     for i in range(n):
         row = offset + i * table[ROW_STRIDE]
         largest = _stage(x, row, table[CLASS_STRIDE], n_classes, scratch)
         if largest != largest:
             invalid += 1
-        end = _padded(max(n_classes, 2))
-        for c in range(0, end, _LANES):
-            store(scratch, c, exp(load(scratch, c, 0.0) - splat(largest)))
-        own = scratch[codes[i]]
-        scratch[codes[i]] = 0.0
-        total, squares = splat(0.0), splat(0.0)
-        for c in range(0, end, _LANES):
-            e = load(scratch, c, 0.0)
+        total, squares, own = zero, zero, zero
+        target = splat(np.int64(codes[i]))
+        for c in range(0, max(n_classes, 2), _LANES):
+            e = exp(load(scratch, c, 0.0) - splat(largest))
+            is_own = lane + splat(np.int64(c)) == target
+            own = where(is_own, e, own)
+            e = where(is_own, zero, e)
             total = total + e
             squares = squares + e * e
         others = tree_sum(total)
-        values[i] = (others * others + tree_sum(squares)) / ((others + own) * (others + own))
+        whole = others + tree_sum(own)
+        values[i] = (others * others + tree_sum(squares)) / (whole * whole)
     faults[INVALID] += invalid
 
 

@@ -87,3 +87,29 @@ def test_the_exact_values_of_accuracy_are_those_of_mpmath(accuracy, rng):
         for row, target, value in zip(x, t, exact, strict=True):
             others = mpmath.fsum(mpmath.exp(mpmath.mpf(float(v)) - float(row[target])) for v in np.delete(row, target))
             assert abs(float(mpmath.log1p(others)) / float(value) - 1) < 1e-15
+
+
+def test_metrics_agree_with_scikit_learn(tmp_path):
+    path = tmp_path / "metrics.json"
+    command = [sys.executable, str(TOOLS / "metrics.py"), "--tiny", "--no-memory", "--rounds", "1", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(path.read_text())
+    assert (
+        len(results) == len({json.dumps([r["metric"], r["labels"], r["dtype"], r["weighted"]]) for r in results}) == 11
+    )
+    assert all(result["agrees"] and result["ratio"] > 0 for result in results)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize(("rows", "classes"), [(1000, 10), (300_000, 10)])
+def test_log_loss_takes_a_tenth_of_the_memory_of_scikit_learn(rows, classes):
+    case = {"metric": "log_loss", "rows": rows, "classes": classes, "dtype": "float32", "weighted": True}
+    peaks = {}
+    for labels in ("integers", "strings"):
+        for engine in ("fastloss", "sklearn"):
+            case_json = json.dumps([engine, {**case, "labels": labels}])
+            command = [sys.executable, str(TOOLS / "metrics.py"), "--memory", case_json]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[engine] = float(done.stdout)
+        assert peaks["fastloss"] < peaks["sklearn"] / 10

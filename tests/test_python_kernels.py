@@ -15,6 +15,7 @@ import pytest
 import references
 
 import fastloss
+from fastloss import metrics
 
 INF, NAN = float("inf"), float("nan")
 
@@ -93,6 +94,39 @@ def check_divergence(x, t, tolerance):
             close(got, references.kl_div(x, y, reduction, log_target), tolerance)
 
 
+def check_metrics():
+    """Log loss in each layout, the metrics of logits, labels through both tables; closed forms."""
+    rng = np.random.default_rng(3)
+    for n_classes in (2, 3, 9, 20):
+        logits = rng.normal(size=(30, n_classes))
+        p = references.softmax(logits, 1)
+        y = np.append(np.arange(n_classes), rng.integers(0, n_classes, 30 - n_classes))
+        weights = rng.random(30)
+        own, hot = p[np.arange(30), y], np.eye(n_classes)[y]
+        names = np.array([f"class {'x' * c}" for c in range(n_classes)])[y]
+        for labels in (y, y + 5, names):
+            for view in (p, np.asfortranarray(p), np.repeat(p, 2, 1)[:, ::2]):
+                expected = np.average(-np.log(own), weights=weights)
+                close(metrics.log_loss(labels, view, sample_weight=weights), expected, 1e-13)
+            expected = ((p - hot) ** 2).sum(1).mean() / (2 if n_classes == 2 else 1)
+            close(metrics.brier_score_from_logits(labels, logits), expected, 1e-13)
+            hits = (p > own[:, None]).sum(1) < 1
+            close(metrics.top_k_accuracy_from_logits(labels, logits, k=1), hits.mean(), 1e-13)
+    z = rng.normal(size=30)
+    p = 1 / (1 + np.exp(-z))
+    y = z > rng.normal(size=30)
+    close(metrics.log_loss(y, p), -np.log(np.where(y, p, 1 - p)).mean(), 1e-13)
+    close(metrics.brier_score_from_logits(y, z), ((y - p) ** 2).mean(), 1e-13)
+    close(metrics.top_k_accuracy_from_logits(y, z, k=1), ((z > 0) == y).mean(), 1e-13)
+    many = np.array([f"{i:03d}" for i in range(300)])
+    close(metrics.log_loss(many, np.full((300, 300), 1 / 300)), np.log(300), 1e-13)
+    for bad in ([[0.5, 1.5]] * 9, [[0.5, NAN]] * 9, np.full((9, 2), -0.5, order="F")):
+        with pytest.raises(ValueError, match=r"y_prob contains values|Input contains NaN"):
+            metrics.log_loss([0, 1, 0] * 3, bad)
+    with pytest.raises(ValueError, match="infinity"):
+        metrics.brier_score_from_logits([0, 1], [[INF, 0], [0, 1]])
+
+
 def check_special_values():
     rows = [[0, -INF, 1], [-INF] * 3, [0, INF, 1], [0, NAN, 1], [-200, 0, 1], [1e30, -1e30, 0], [0, -23, -INF]]
     for dtype in (np.float32, np.float64):
@@ -144,6 +178,7 @@ def main():
     for check in (check_losses, check_probabilities, check_outputs, check_divergence):
         every_case(check)
     check_special_values()
+    check_metrics()
     check_sums()
     check_errors()
     print("all kernels agree")

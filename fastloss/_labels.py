@@ -117,15 +117,12 @@ def _mark_codes(labels: Array, low: int, span: int, codes: Array) -> Array | Non
     """Write the labels less ``low`` to the codes; which of ``span`` codes occur, or None if a label lies outside."""
     from fastloss import _runtime
     from fastloss._kernels.labels import integer_codes
-    from fastloss._kernels.tiles import N_TILES
 
-    dtype = np.dtype(np.uint8) if labels.dtype == bool else labels.dtype
-    flat, origin = _views.flatten(labels, dtype)
+    flat, layout = _views.flatten(labels.view(np.uint8) if labels.dtype == bool else labels)
     seen = np.zeros(span, np.uint8)
-    table = np.zeros(N_TILES + 1, np.int64)
-    table[N_TILES] = len(codes) // max(span, 1)  # each worker has a table of its own to clear and to add
-    stride = labels.strides[0] // labels.itemsize
-    fits = _runtime.run(integer_codes, len(codes), table, flat, origin, stride, low, codes, seen)
+    n_tasks = len(codes) // max(span, 1)  # each worker has a table of its own to clear and to add
+    stride, origin = labels.strides[0] // labels.itemsize, layout.origin // labels.itemsize
+    fits = _runtime.run(integer_codes, len(codes), n_tasks, flat, origin, stride, low, codes, seen)
     return seen if fits else None
 
 
@@ -144,9 +141,9 @@ def _encode_floats(labels: Array, name: str, n_expected: int) -> tuple[Array, Ar
 def _encode_strings(labels: Array) -> tuple[Array, Array]:
     from fastloss._kernels.labels import string_codes
 
-    flat, origin = _views.flatten(labels, np.dtype(np.uint8))
+    flat, layout = _views.flatten(labels, is_index=True)
     codes = np.empty(len(labels), np.int32)
-    first = string_codes.serial(1, flat, origin, labels.strides[0], labels.itemsize, codes)
+    first = string_codes.serial(1, flat, layout.origin, labels.strides[0], labels.itemsize, codes)
     classes = labels[first]
     order = np.argsort(classes)
     return classes[order], _inverse(order)[codes]

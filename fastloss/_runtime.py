@@ -47,12 +47,33 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+def _enter(n_elements: int, n_tasks: int) -> int:
+    """How many workers to run. More than one: the parallel region is the caller's, who must release it."""
+    if n_elements < PARALLEL_THRESHOLD or n_tasks < 2 or _serial_only or not _region.acquire(blocking=False):
+        return 1
+    n_workers: int = min(numba.get_num_threads(), n_tasks)
+    if n_workers < 2:
+        _region.release()
+    return max(1, n_workers)
+
+
+def run(kernel: "Kernel", n_elements: int, n_tasks: int, *args: Any) -> Any:
+    """Run a kernel, in parallel where that pays and is allowed."""
+    n_workers = _enter(n_elements, n_tasks)
+    if n_workers == 1:
+        return kernel.serial(1, *args)
+    try:
+        return kernel.parallel(n_workers, *args)
+    finally:
+        _region.release()
+
+
 def new_ledger() -> Array:
     """Where a kernel keeps its exact sums and counts, from call to call; see :mod:`fastloss._kernels.driver`."""
     return np.zeros((1, LEDGER_SIZE), np.int64)
 
 
-def run(
+def run_tiles(
     kernel: "Kernel",
     n_elements: int,
     ledger: Array,
@@ -64,17 +85,15 @@ def run(
     keep: float = 1.0,
     spread: float = 0.0,
 ) -> Any:
-    """Run a kernel over the tiles of a geometry, in parallel where that pays and is allowed."""
-    n_tiles = int(geometry[N_TILES])
-    if n_elements >= PARALLEL_THRESHOLD and n_tiles > 1 and not _serial_only and _region.acquire(blocking=False):
-        region = _region
-        try:
-            n_workers = min(numba.get_num_threads(), n_tiles)
-            if n_workers > 1:
-                ledgers = np.concatenate([ledger, np.zeros((n_workers - 1, LEDGER_SIZE), np.int64)])
-                found = kernel.parallel(n_workers, ledgers, x, y, weight, out, geometry, keep, spread)
-                ledger[0] = ledgers[0]
-                return found
-        finally:
-            region.release()
-    return kernel.serial(1, ledger, x, y, weight, out, geometry, keep, spread)
+    """Run a kernel of :mod:`fastloss._kernels.driver` over the tiles of a geometry."""
+    n_workers = _enter(n_elements, int(geometry[N_TILES]))
+    if n_workers == 1:
+        return kernel.serial(1, ledger, x, y, weight, out, geometry, keep, spread)
+    try:
+        ledgers = np.zeros((n_workers, LEDGER_SIZE), np.int64)
+        ledgers[0] = ledger[0]
+        found = kernel.parallel(n_workers, ledgers, x, y, weight, out, geometry, keep, spread)
+        ledger[0] = ledgers[0]
+        return found
+    finally:
+        _region.release()

@@ -563,7 +563,7 @@ def _index_loss(
             kernel, n_elements, table = _index_plan(
                 x_layout, labels_layout, out_layout, axis, ignore_index, weighted, label_smoothing > 0, is_nll
             )
-            total, weight_sum, kept, bad = runtime.run(
+            total, weight_sum, kept, bad = runtime.run_tiles(
                 kernel, n_elements, ledger, flat, flat_labels, weight, flat_out, table, keep, spread
             )
             if bad:
@@ -613,7 +613,9 @@ def _probability_loss(
             arrays = ((x, axis), (y, axis), (result, None))
             (flat, flat_y, flat_out), table = _views.lay_out(rows, n_classes, tile, arrays, dtype, options)
             kernel = losses.probabilities_rows if in_rows else losses.probabilities_planes
-            total, _, _, _ = runtime.run(kernel, x.size, ledger, flat, flat_y, weight, flat_out, table, keep, spread)
+            total, _, _, _ = runtime.run_tiles(
+                kernel, x.size, ledger, flat, flat_y, weight, flat_out, table, keep, spread
+            )
     if out is not None:
         return out[()]
     if reduction == "mean":
@@ -642,7 +644,7 @@ def _kl_pointwise(
         for x, y, result in _views.readable_pieces(inputs, (out, None), dtype):
             arrays = ((x, None), (y, None), (result, None))
             (flat, flat_y, flat_out), table = _views.lay_out(x.shape, 1, _views.ELEMENT_TILE, arrays, dtype, options)
-            total, _, _, _ = runtime.run(pointwise.kl, x.size, ledger, flat, flat_y, flat_out, flat_out, table)
+            total, _, _, _ = runtime.run_tiles(pointwise.kl, x.size, ledger, flat, flat_y, flat_out, flat_out, table)
     return total, out
 
 
@@ -673,7 +675,7 @@ def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Ar
         arrays = ((x, len(shape)), (result, None))
         (flat, flat_out), table = _views.lay_out(x.shape[:-1], n_classes, tile, arrays, dtype, _views.Options())
         kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes
-        runtime.run(kernel, x.size, runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
+        runtime.run_tiles(kernel, x.size, runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
     return out
 
 
@@ -698,5 +700,5 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
             arrays = ((x, axis), (result, axis))
             (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, arrays, dtype, options)
             kernel = outputs.softmax_rows if in_rows else outputs.softmax_planes
-            runtime.run(kernel, x.size, runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
+            runtime.run_tiles(kernel, x.size, runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
     return out[()]

@@ -617,17 +617,18 @@ def _run(
 ) -> tuple[float, float, int, int]:
     """The sums of the weighted values and of the weights, and how often the kernel met each fault."""
     from fastloss import _runtime
+    from fastloss._kernels.scores import N_TILES
     from fastloss._kernels.sums import STATE_SIZE
 
     totals = np.zeros((2, STATE_SIZE), np.int64)
     options = np.array(parameters, np.float64)
     total, weight_sum, invalid, not_normalised = 0.0, 0.0, 0, 0
-    flat_weights = _views.flatten(weights, weights.dtype)[0] if weights.size else weights
+    flat_weights = _views.flatten(weights)[0] if weights.size else weights
     for rows, x in _readable_pieces(scores):
-        flat, origin = _views.flatten(x, x.dtype)
-        table = _geometry(x, origin)
+        flat, layout = _views.flatten(x)
+        table = _geometry(x, layout.origin // x.itemsize)
         total, weight_sum, *faults = _runtime.run(
-            kernel, x.size, table, totals, flat, codes[rows], flat_weights[rows], table, options
+            kernel, x.size, int(table[N_TILES]), totals, flat, codes[rows], flat_weights[rows], table, options
         )
         invalid += faults[0]
         not_normalised += faults[1]

@@ -12,13 +12,13 @@ values of a tile is stored.
 import numpy as np
 from numba import prange
 
-from fastloss._kernels._jit import Kernel, inline, subroutine
+from fastloss._kernels._jit import Kernel, allocating, inline, subroutine
 from fastloss._kernels._simd import any_lane, iota, load, next_task, splat, store, tree_max, tree_sum, where
 from fastloss._kernels._vecmath import exp, log
 from fastloss._kernels.sums import STATE_SIZE, add_block, add_state, rounded
-from fastloss._kernels.tiles import N_CLASSES, N_ROWS, N_TILES, TILE_ROWS
 
-ORIGIN, ROW_STRIDE, CLASS_STRIDE = 4, 5, 6
+# The table: rows and classes, rows of a tile, tiles, where the first score lies, and the strides.
+N_ROWS, N_CLASSES, TILE_ROWS, N_TILES, ORIGIN, ROW_STRIDE, CLASS_STRIDE = range(7)
 
 # What a kernel counts: tiles (log loss) or rows with a value that has no meaning; rows that do not sum to one.
 INVALID, NOT_NORMALISED = range(2)
@@ -216,10 +216,10 @@ def _top_k_tile(x, table, offset, codes, n, parameters, values, scratch, faults)
 def _average(name, tile_values):
     """A kernel that sums the values of all rows and the weights."""
 
-    @subroutine
+    @allocating
     def work(counter, totals, faults, x, codes, weights, table, parameters):
         n_rows, size = table[N_ROWS], table[TILE_ROWS]
-        values = np.zeros(size + _LANES, np.float64)
+        values = np.zeros(size + 2 * _LANES, np.float64)
         scratch = np.empty(max(size, table[N_CLASSES]) + 2 * _LANES, np.float64)
         is_weighted = len(weights) > 0
         while True:

@@ -118,10 +118,10 @@ def _mark_codes(labels: Array, low: int, span: int, codes: Array) -> Array | Non
     from fastloss import _runtime
     from fastloss._kernels.labels import integer_codes
 
-    flat, layout = _views.flatten(labels.view(np.uint8) if labels.dtype == bool else labels)
+    flat, (*_, origin) = _views.flatten(labels.view(np.uint8) if labels.dtype == bool else labels)
     seen = np.zeros(span, np.uint8)
     n_tasks = len(codes) // max(span, 1)  # each worker has a table of its own to clear and to add
-    stride, origin = labels.strides[0] // labels.itemsize, layout.origin // labels.itemsize
+    stride, origin = labels.strides[0] // labels.itemsize, origin // labels.itemsize
     fits = _runtime.run(integer_codes, len(codes), n_tasks, flat, origin, stride, low, codes, seen)
     return seen if fits else None
 
@@ -141,9 +141,9 @@ def _encode_floats(labels: Array, name: str, n_expected: int) -> tuple[Array, Ar
 def _encode_strings(labels: Array) -> tuple[Array, Array]:
     from fastloss._kernels.labels import string_codes
 
-    flat, layout = _views.flatten(labels, is_index=True)
+    flat, (*_, origin) = _views.flatten(labels, is_index=True)
     codes = np.empty(len(labels), np.int32)
-    first = string_codes.serial(1, flat, layout.origin, labels.strides[0], labels.itemsize, codes)
+    first = string_codes.serial(1, flat, origin, labels.strides[0], labels.itemsize, codes)
     classes = labels[first]
     order = np.argsort(classes)
     return classes[order], _inverse(order)[codes]

@@ -65,13 +65,8 @@ def compute_dtype(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64)
 
 
-class Layout(NamedTuple):
-    """How an array lies in its memory: its dtype, shape, strides in bytes, and at which byte its first element is."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    strides: Strides
-    origin: int
+# How an array lies in its memory: its dtype, shape, strides in bytes, and at which byte its first element is.
+Layout = tuple[np.dtype[Any], tuple[int, ...], Strides, int]
 
 
 def lies_well(array: Array) -> bool:
@@ -94,7 +89,7 @@ def flatten(array: Array, is_index: bool = False) -> tuple[Array, Layout]:
         flat = array.reshape(-1)
         if flat.dtype is not dtype:
             flat = flat.view(dtype)
-        return flat, Layout(array.dtype, array.shape, array.strides, 0)
+        return flat, (array.dtype, array.shape, array.strides, 0)
     low = high = 0
     for length, stride in zip(array.shape, array.strides, strict=True):
         if stride < 0:
@@ -104,7 +99,7 @@ def flatten(array: Array, is_index: bool = False) -> tuple[Array, Layout]:
     address: int = array.__array_interface__["data"][0]
     count = (high - low + array.itemsize) // dtype.itemsize
     memory = _Memory(array, address + low, count, dtype.str)
-    return np.asarray(memory), Layout(array.dtype, array.shape, array.strides, -low)
+    return np.asarray(memory), (array.dtype, array.shape, array.strides, -low)
 
 
 def tile_rows(n_rows: int, n_classes: int, in_rows: bool) -> int:
@@ -149,10 +144,11 @@ def geometry(
         if layout is None:
             places.append((0, 0, (0,) * len(shape)))
         else:
-            unit = layout.dtype.itemsize if is_floating(layout.dtype) else 1
-            steps = tuple(s // unit for s in layout.strides)
+            dtype, _, byte_strides, origin = layout
+            unit = dtype.itemsize if is_floating(dtype) else 1
+            steps = tuple(s // unit for s in byte_strides)
             class_stride = 0 if class_axis is None else steps[class_axis]
-            places.append((layout.origin // unit, class_stride, without(steps, class_axis)))
+            places.append((origin // unit, class_stride, without(steps, class_axis)))
     shape, strides = merge_axes(shape, tuple(steps for _, _, steps in places))
     n_rows = math.prod(shape)
     run = shape[-1] if shape[-1] >= _SHORT_RUN else n_rows

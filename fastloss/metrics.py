@@ -625,8 +625,8 @@ def _run(
     total, weight_sum, invalid, not_normalised = 0.0, 0.0, 0, 0
     flat_weights = _views.flatten(weights)[0] if weights.size else weights
     for rows, x in _readable_pieces(scores):
-        flat, layout = _views.flatten(x)
-        table = _geometry(x, layout.origin // x.itemsize)
+        flat, (*_, origin) = _views.flatten(x)
+        table = _geometry(x, origin // x.itemsize)
         total, weight_sum, *faults = _runtime.run(
             kernel, x.size, int(table[N_TILES]), totals, flat, codes[rows], flat_weights[rows], table, options
         )

@@ -24,7 +24,7 @@ _TILE_BYTES = 1 << 17
 MAX_TASK = 16
 MIN_TASKS = 64
 # Up to this many classes, a contiguous class axis goes through the kernel for strided ones, 16 rows to a vector.
-FEW_CLASSES = 24
+FEW_CLASSES = 32
 # With fewer rows than this, a vector of rows would be mostly empty.
 FEW_ROWS = 8
 # Elements per tile of the pointwise kernel.

@@ -110,14 +110,10 @@ def _cross_entropy(tile_sums):
 
     @subroutine
     def do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
-        like = out[0]
-        stride = tiles.class_stride(geometry, tiles.INPUT)
         offsets, targets = scratch.places[0], scratch.places[2]
         shifts, loss = scratch.narrow[0], scratch.narrow[1]
         start, n = tiles.tile_bounds(geometry, tile)
         begin_targets(ledger, x, y, geometry, start, n, scratch)
-        for i in range(n):
-            shifts[i] = load_one(x, offsets[i] + max(targets[i], 0) * stride, like)
         tile_sums(x, geometry, start, offsets, n, targets, shifts, loss, scratch)
         _finish_targets(x, weight, geometry, offsets, n, targets, scratch.near, shifts, loss, scratch)
         deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss)

@@ -28,12 +28,16 @@ from fastloss._kernels._simd import (
 )
 from fastloss._kernels._vecmath import exp, exp_difference
 from fastloss._kernels.driver import BATCH, BLOCK, CHUNK
-from fastloss._kernels.rows import finite_shift, merge
+from fastloss._kernels.rows import finite_shift, gather_targets, merge
 
 # How many classes ahead of the loads memory is asked for: a tile's rows of one class are a run of about a kilobyte,
 # which the CPU's own prefetcher learns too late; more classes would not fit into the sets of the first-level cache that
 # they share where planes lie a power of two apart.
 AHEAD = 4
+
+# Rows of few classes that are staged at a time, and how far ahead of them memory is asked for, in bytes.
+STAGED_ROWS = 64
+AHEAD_ROWS = 512
 
 
 @inline
@@ -166,7 +170,7 @@ def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shi
 
 
 @inline
-def _term(source, at, step, c, shift, target):
+def _one_term(source, at, step, c, shift, target):
     """exp(x - shift) of class c for a vector of rows, 0 for those whose target it is."""
     like = first_lane(shift)
     e = exp(load(source, at + c * step, like) - shift)
@@ -174,49 +178,79 @@ def _term(source, at, step, c, shift, target):
 
 
 @inline
-def _four_terms(source, at, step, c, quarter, n_classes, shift, target):
-    """The sum, by halves, of those of the classes c, c + quarter, c + 2 quarter, c + 3 quarter that there are."""
-    total = _term(source, at, step, c, shift, target)
-    if c + 2 * quarter < n_classes:
-        total = total + _term(source, at, step, c + 2 * quarter, shift, target)
-    if c + quarter < n_classes:
-        other = _term(source, at, step, c + quarter, shift, target)
-        if c + 3 * quarter < n_classes:
-            other = other + _term(source, at, step, c + 3 * quarter, shift, target)
+def _lane_terms(source, at, step, lane, n_classes, n_lanes, shift, target):
+    """The sum of the one or two classes of a lane; see :func:`_lane_of`."""
+    total = _one_term(source, at, step, lane, shift, target)
+    if lane + n_classes >= 2 * n_lanes:
+        total = total + _one_term(source, at, step, lane + n_classes - n_lanes, shift, target)
+    return total
+
+
+@inline
+def _four_lanes(source, at, step, lane, quarter, n_classes, shift, target):
+    """The sum, by halves, of those of the lanes lane, lane + quarter, ... that have a class."""
+    n_lanes = 4 * quarter
+    total = _lane_terms(source, at, step, lane, n_classes, n_lanes, shift, target)
+    if lane + 2 * quarter < n_classes:
+        total = total + _lane_terms(source, at, step, lane + 2 * quarter, n_classes, n_lanes, shift, target)
+    if lane + quarter < n_classes:
+        other = _lane_terms(source, at, step, lane + quarter, n_classes, n_lanes, shift, target)
+        if lane + 3 * quarter < n_classes:
+            other = other + _lane_terms(source, at, step, lane + 3 * quarter, n_classes, n_lanes, shift, target)
         total = total + other
     return total
 
 
 @subroutine
-def _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, width, rest, stage):
-    """The case of :func:`target_tile` where each class has its own lane: a vector of rows at a time, summed in
+def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, row_numbers, shifts, rest, stage):
+    """The case of :func:`target_tile` where a lane has at most two classes: a vector of rows at a time, summed in
     registers, in the order of the fold.
+
+    Some rows at a time go through the stage, which then stays in the first-level cache: planes that lie a power of two
+    apart share its sets, and a vector that straddles two of its lines would be fetched twice.
     """
     like = shifts[0]
     n_lanes = lanes(like)
     quarter, integer = n_lanes // 4, integer_like(0, like)
-    if not direct:
-        stage_classes(x, offsets, n, stride, 0, n_classes, width, stage, like)
-    source = x if direct else stage
-    step = stride if direct else width
-    for slot in range(0, n, n_lanes):
-        row = row_of(slot, n, n_lanes)
-        at = (offsets[0] if direct else 0) + row
-        shift, target = load(shifts, row, like), load(near, row, integer)
-        total = _four_terms(source, at, step, 0, quarter, n_classes, shift, target)
-        if quarter == 4 and n_classes > 2:
-            total = total + _four_terms(source, at, step, 2, quarter, n_classes, shift, target)
-        if n_classes > 1:
-            other = _four_terms(source, at, step, 1, quarter, n_classes, shift, target)
-            if quarter == 4 and n_classes > 3:
-                other = other + _four_terms(source, at, step, 3, quarter, n_classes, shift, target)
-            total = total + other
-        store(rest, row, total)
+    in_place = direct and n_classes <= n_lanes // 2
+    width = STAGED_ROWS + tiles.PADDING
+    tiles.count_up(row_numbers, STAGED_ROWS)
+    for first in range(0, n, STAGED_ROWS):
+        begin = max(0, min(first, n - STAGED_ROWS))
+        count = min(STAGED_ROWS, n)
+        if not direct:
+            stage_classes(x, offsets[begin:], count, stride, 0, n_classes, width, stage, like)
+        elif not in_place:
+            for c in range(n_classes):
+                at = offsets[begin] + c * stride
+                for slot in range(0, count, n_lanes):
+                    row = row_of(slot, count, n_lanes)
+                    prefetch(x, at + row, AHEAD_ROWS)
+                    copy(stage, c * width + row, x, at + row, like)
+        if in_place:
+            gather_targets(x, offsets[begin:], stride, count, targets[begin:], shifts[begin:])
+        else:
+            gather_targets(stage, row_numbers, width, count, targets[begin:], shifts[begin:])
+        source = x if in_place else stage
+        step = stride if in_place else width
+        for slot in range(0, count, n_lanes):
+            row = row_of(slot, count, n_lanes)
+            at = (offsets[begin] if in_place else 0) + row
+            shift, target = load(shifts, begin + row, like), load(near, begin + row, integer)
+            total = _four_lanes(source, at, step, 0, quarter, n_classes, shift, target)
+            if quarter == 4 and n_classes > 2:
+                total = total + _four_lanes(source, at, step, 2, quarter, n_classes, shift, target)
+            if n_classes > 1:
+                other = _four_lanes(source, at, step, 1, quarter, n_classes, shift, target)
+                if quarter == 4 and n_classes > 3:
+                    other = other + _four_lanes(source, at, step, 3, quarter, n_classes, shift, target)
+                total = total + other
+            store(rest, begin + row, total)
 
 
 @inline
 def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
-    """Of each row, sum exp(x[c] - shift) over all classes but the target."""
+    """Of each row, sum exp(x[c] - shift) over all classes but the target, whose logit is the shift."""
     like = shifts[0]
     n_lanes, n_doubles = lanes(like), lanes(0.0)
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
@@ -225,9 +259,11 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
     total, chunk_total = scratch.wide[0], scratch.wide[1]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
-    if n_classes <= n_lanes:
-        _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, width, rest, stage)
+    if n_classes <= 2 * n_lanes:
+        row_numbers = scratch.places[1]
+        _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, row_numbers, shifts, rest, stage)
         return
+    gather_targets(x, offsets, stride, n, targets, shifts)
     total[:n_slots] = 0.0
     for chunk in range(0, n_classes, CHUNK):
         chunk_total[:n_slots] = 0.0

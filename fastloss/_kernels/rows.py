@@ -21,6 +21,7 @@ from fastloss._kernels._simd import (
     iota,
     lanes,
     load,
+    load_one,
     prefetch,
     scalar,
     splat,
@@ -257,9 +258,18 @@ def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, k
 
 
 @inline
+def gather_targets(x, offsets, stride, n, targets, shifts):
+    """Write the logits of the targets (of class 0 where there is none)."""
+    like = shifts[0]
+    for i in range(n):
+        shifts[i] = load_one(x, offsets[i] + max(targets[i], 0) * stride, like)
+
+
+@inline
 def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
-    """:func:`target_row` of each row of a tile that has a target."""
+    """:func:`target_row` of each row of a tile that has a target, and the logits of the targets, the ``shifts``."""
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    gather_targets(x, offsets, stride, n, targets, shifts)
     for i in range(n):
         if targets[i] >= 0:
             rest[i] = target_row(x, offsets[i], stride, n_classes, targets[i], shifts[i], scratch.stage)

@@ -120,6 +120,13 @@ def row_offsets(geometry, array, start, n, offsets):
         done += count
 
 
+@inline
+def count_up(numbers, n):
+    """Write 0, 1, 2, ..."""
+    for i in range(0, n, lanes(0.0)):
+        store(numbers, i, lane_steps(np.int64(1)) + splat(i))
+
+
 @subroutine
 def _load_targets(data, geometry, start, n, offsets, itemsize, like, targets):
     """Widen index targets of the type of ``like`` to int64."""

@@ -213,28 +213,28 @@ def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, r
     n_lanes = lanes(like)
     quarter, integer = n_lanes // 4, integer_like(0, like)
     in_place = direct and n_classes <= n_lanes // 2
-    width = STAGED_ROWS + tiles.PADDING
-    tiles.count_up(row_numbers, STAGED_ROWS)
-    for first in range(0, n, STAGED_ROWS):
-        begin = max(0, min(first, n - STAGED_ROWS))
-        count = min(STAGED_ROWS, n)
+    staged_rows = min(STAGED_ROWS, n)
+    width = (staged_rows + n_lanes - 1) // n_lanes * n_lanes + tiles.PADDING
+    tiles.count_up(row_numbers, staged_rows)
+    for first in range(0, n, staged_rows):
+        begin = min(first, n - staged_rows)
         if not direct:
-            stage_classes(x, offsets[begin:], count, stride, 0, n_classes, width, stage, like)
+            stage_classes(x, offsets[begin:], staged_rows, stride, 0, n_classes, width, stage, like)
         elif not in_place:
             for c in range(n_classes):
                 at = offsets[begin] + c * stride
-                for slot in range(0, count, n_lanes):
-                    row = row_of(slot, count, n_lanes)
+                for slot in range(0, staged_rows, n_lanes):
+                    row = row_of(slot, staged_rows, n_lanes)
                     prefetch(x, at + row, AHEAD_ROWS)
                     copy(stage, c * width + row, x, at + row, like)
         if in_place:
-            gather_targets(x, offsets[begin:], stride, count, targets[begin:], shifts[begin:])
+            gather_targets(x, offsets[begin:], stride, staged_rows, targets[begin:], shifts[begin:])
         else:
-            gather_targets(stage, row_numbers, width, count, targets[begin:], shifts[begin:])
+            gather_targets(stage, row_numbers, width, staged_rows, targets[begin:], shifts[begin:])
         source = x if in_place else stage
         step = stride if in_place else width
-        for slot in range(0, count, n_lanes):
-            row = row_of(slot, count, n_lanes)
+        for slot in range(0, staged_rows, n_lanes):
+            row = row_of(slot, staged_rows, n_lanes)
             at = (offsets[begin] if in_place else 0) + row
             shift, target = load(shifts, begin + row, like), load(near, begin + row, integer)
             total = _four_lanes(source, at, step, 0, quarter, n_classes, shift, target)

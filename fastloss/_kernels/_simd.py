@@ -9,7 +9,7 @@ It also compiles sooner, because there is no loop left to analyse.
 A vector of float32 (or int32) has 16 lanes, one of float64 (or int64) has 8: :func:`lanes`. The kernels are
 generic in the *compute type*: they take a zero of that type, ``like``, and every constructor here follows it.
 
-Operators: ``+ - *`` and unary minus on vectors of one type; ``< <= > >= == !=`` give a mask; ``& |`` work on masks and
+Operators: ``+ - *`` and unary minus on vectors of one type; ``< <= > >= == !=`` give a mask; ``& | ^`` work on masks and
 integers, ``<< >>`` (arithmetic) shift integers by a vector of counts. No fast-math flag is ever set: each operation is
 the IEEE operation, each :func:`fma` is fused on every CPU.
 
@@ -41,6 +41,8 @@ __all__ = [
     "load_integer",
     "load_integers",
     "load_one",
+    "lowest_bit",
+    "mask_bits",
     "negative_zeros_like",
     "next_task",
     "polynomial",
@@ -111,6 +113,7 @@ _ARITHMETIC = {
     operator.truediv: ("fdiv", None),
     operator.and_: (None, "and_"),
     operator.or_: (None, "or_"),
+    operator.xor: (None, "xor"),
     operator.lshift: (None, "shl"),
     operator.rshift: (None, "ashr"),
 }
@@ -622,6 +625,26 @@ def first_lane(typingctx, value):
         return builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0))
 
     return value.dtype(value), codegen
+
+
+@intrinsic
+def mask_bits(typingctx, mask):
+    """The lanes in which the mask holds as the bits of an int64."""
+
+    def codegen(context, builder, sig, args):
+        return builder.zext(builder.bitcast(args[0], ir.IntType(mask.count)), ir.IntType(64))
+
+    return types.int64(mask), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx, bits):
+    """The place of the lowest bit that is set in an int64 other than 0."""
+
+    def codegen(context, builder, sig, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
 
 
 @intrinsic

@@ -20,6 +20,8 @@ __all__ = [
     "load_integer",
     "load_integers",
     "load_one",
+    "lowest_bit",
+    "mask_bits",
     "negative_zeros_like",
     "next_task",
     "polynomial",
@@ -182,6 +184,14 @@ def tree_max(value):
 
 def first_lane(value):
     return value[0]
+
+
+def mask_bits(mask):
+    return sum(1 << i for i, holds in enumerate(mask) if holds)
+
+
+def lowest_bit(bits):
+    return (bits & -bits).bit_length() - 1
 
 
 def any_lane(mask):

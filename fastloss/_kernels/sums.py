@@ -15,12 +15,14 @@ of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64,
 import math
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from fastloss._kernels._jit import Kernel, inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
-    first_lane,
     from_bits,
+    integer_like,
     lanes,
     load,
     scalar,
@@ -42,7 +44,6 @@ MAX_BLOCK = 4096
 
 _ZERO = np.int64(0)
 _MASK32 = np.int64(0xFFFFFFFF)
-_FRACTION_BITS = np.int64(52)
 
 
 @subroutine
@@ -89,69 +90,125 @@ def add_state(state, other):
 
 
 @inline
-def _largest(values, n):
-    """The largest magnitude of ``values[:n]``, padded with zeros; NaN counts as 0 unless there is nothing else."""
+def _largest_exponent(values, n, mantissa_bits):
+    """The biased exponent of the largest magnitude of ``values[:n]``, padded with zeros (above all others with inf or
+    NaN), or -1 if all are 0.
+    """
     like = values[0]
-    nothing = splat(scalar(0.0, like))
-    largest, unequal = nothing, nothing != nothing
+    sign = splat(integer_like(1, like)) << splat(integer_like(512 // lanes(like) - 1, like))
+    largest = to_bits(splat(scalar(0.0, like)))
     for i in range(0, n, lanes(like)):
-        v = load(values, i, like)
-        size = where(v < nothing, -v, v)
+        size = to_bits(load(values, i, like)) & (sign - splat(integer_like(1, like)))
         largest = where(size > largest, size, largest)
-        unequal = unequal | (v != nothing)
-    result = np.float64(tree_max(largest))
-    return result if result > 0.0 or not any_lane(unequal) else math.nan
+    bits = np.int64(tree_max(largest))
+    return (bits >> mantissa_bits) if bits else np.int64(-1)
 
 
 @inline
-def _add_to_grid(state, values, n, grid, top):
-    """Add the multiples of 2**``grid`` (and, one level down, of 2**(grid - 51)) that are values; whether all are."""
-    high_bits = ((np.int64(grid + 52 + 1023)) << _FRACTION_BITS) | (np.int64(1) << np.int64(51))
-    low_bits = high_bits - (np.int64(51) << _FRACTION_BITS)
-    shift_high, shift_low = from_bits(splat(high_bits)), from_bits(splat(low_bits))
-    sum_high, sum_low = splat(_ZERO), splat(_ZERO)
-    outside = shift_high != shift_high
-    for i in range(0, n, lanes(0.0)):
-        v = load(values, i, 0.0)
-        high = v + shift_high
-        sum_high = sum_high + (to_bits(high) - splat(high_bits))
-        if top:
-            outside = outside | (high - shift_high != v)
-        else:
-            rest = v - (high - shift_high)
-            low = rest + shift_low
-            sum_low = sum_low + (to_bits(low) - splat(low_bits))
-            outside = outside | (low - shift_low != rest)
+def _lane_sum(lanes_):
+    """The sum of int32 lanes as int64, which an int32 may not hold."""
+    low, places = splat(integer_like(0xFFFF, np.float32(0))), splat(integer_like(16, np.float32(0)))
+    return (np.int64(tree_sum(lanes_ >> places)) << 16) + np.int64(tree_sum(lanes_ & low))
+
+
+@inline
+def _add_float32_grids(state, values, n, exponent):
+    """Add float32 ``values`` below 2**(exponent + 1) on three grids; whether that was exact (else nothing is added)."""
+    like = np.float32(0)
+    grid = exponent - 21
+    step = np.int64(23) << 23
+    high_bits = ((grid + 23 + 127) << 23) | (np.int64(1) << 22)
+    high = from_bits(splat(integer_like(high_bits, like)))
+    middle = from_bits(splat(integer_like(high_bits - step, like)))
+    low = from_bits(splat(integer_like(high_bits - 2 * step, like)))
+    zero = splat(integer_like(0, like))
+    high_sum, middle_sum, low_sum = zero, zero, zero
+    outside = high != high
+    for i in range(0, n, lanes(like)):
+        v = load(values, i, like)
+        on_high = v + high
+        rest = v - (on_high - high)
+        on_middle = rest + middle
+        rest = rest - (on_middle - middle)
+        on_low = rest + low
+        outside = outside | (on_low - low != rest)
+        high_sum = high_sum + (to_bits(on_high) - to_bits(high))
+        middle_sum = middle_sum + (to_bits(on_middle) - to_bits(middle))
+        low_sum = low_sum + (to_bits(on_low) - to_bits(low))
     if any_lane(outside):
         return False
-    _add_integer(state, tree_sum(sum_high), grid)
-    if not top:
-        _add_integer(state, tree_sum(sum_low), grid - 51)
+    _add_integer(state, _lane_sum(high_sum), grid)
+    _add_integer(state, _lane_sum(middle_sum), grid - 23)
+    _add_integer(state, _lane_sum(low_sum), grid - 46)
     return True
+
+
+@inline
+def _add_float64_grids(state, values, n, exponent):
+    """Add ``values`` below 2**(exponent + 1) on two grids of float64; whether that was exact (else nothing is added)."""
+    grid = exponent - 49
+    step = np.int64(51) << 52
+    high_bits = ((grid + 52 + 1023) << 52) | (np.int64(1) << 51)
+    high, low = from_bits(splat(high_bits)), from_bits(splat(high_bits - step))
+    high_sum, low_sum = splat(_ZERO), splat(_ZERO)
+    outside = high != high
+    for i in range(0, n, lanes(0.0)):
+        v = load(values, i, 0.0)
+        on_high = v + high
+        rest = v - (on_high - high)
+        on_low = rest + low
+        outside = outside | (on_low - low != rest)
+        high_sum = high_sum + (to_bits(on_high) - to_bits(high))
+        low_sum = low_sum + (to_bits(on_low) - to_bits(low))
+    if any_lane(outside):
+        return False
+    _add_integer(state, tree_sum(high_sum), grid)
+    _add_integer(state, tree_sum(low_sum), grid - 51)
+    return True
+
+
+@inline
+def _add_narrow(state, values, n):
+    # The lowest of the three grids is 2**(exponent - 67), whose constant must be a normal float32.
+    exponent = _largest_exponent(values, n, 23) - 127
+    if -82 < exponent < 126 and _add_float32_grids(state, values, n, exponent):
+        return True
+    return exponent < 127 and _add_float64_grids(state, values, n, exponent)
+
+
+@inline
+def _add_wide(state, values, n):
+    exponent = _largest_exponent(values, n, 52) - 1023
+    return -800 < exponent < 960 and _add_float64_grids(state, values, n, exponent)
+
+
+def _add_grids(state, values, n):
+    """Add a block on grids, if its exponents allow; whether that was exact (else nothing is added)."""
+    return (_add_narrow if values.dtype == np.float32 else _add_wide)(state, values, n)
+
+
+@overload(_add_grids, jit_options={"forceinline": True})
+def _(state, values, n):
+    if values.dtype == types.float32:
+        return lambda state, values, n: _add_narrow(state, values, n)
+    return lambda state, values, n: _add_wide(state, values, n)
 
 
 @subroutine
 def add_block(state, values, n):
     """Add ``values[:n]`` exactly; ``values`` is scratch with room for one vector more, which is overwritten.
 
-    Method: with M = 1.5 * 2**(52 + g), t = v + M holds v rounded to a multiple of 2**g in its low bits, so that the
-    bits of t, added as integers, sum those multiples without error. The grid g is laid so that the block's largest
-    value just fits, and then reaches 2**-50 of it. If some value has bits below that, the remainder r = v - (t - M),
-    which is exact, goes through a second, 2**51 times finer grid. Where a value reaches below that too, or is not
-    finite, or the exponents come near the ends of float64, the block is added number by number.
+    Method: with M = 1.5 * 2**(p - 1 + g), where p is the precision, t = v + M holds v rounded to a multiple of 2**g in
+    its low bits, so that the bits of t, added as integers, sum those multiples without error. The grid g is laid so
+    that the block's largest value just fits. The remainder v - (t - M), which is exact, goes through finer grids in
+    turn: three of float32 reach 2**-67 of the largest value with 16 lanes to a vector, two of float64 2**-100 with 8.
+    Where a value reaches below that too, or is not finite, or the exponents come near the ends of float64, the block is
+    added number by number.
     """
     store(values, n, splat(scalar(0.0, values[0])))
-    largest = _largest(values, n)
-    if largest == 0.0:
-        return
-    exponent = (first_lane(to_bits(splat(largest))) >> _FRACTION_BITS) - 1023
-    # grid + 52 is the exponent of M; |v| < 2**(exponent + 1) = 2**(grid + 50)
-    grid = exponent - 49
-    fits = -800 < exponent < 960
-    if fits and (_add_to_grid(state, values, n, grid, True) or _add_to_grid(state, values, n, grid, False)):
-        return
-    for i in range(n):
-        _add_float(state, np.float64(values[i]))
+    if not _add_grids(state, values, n):
+        for i in range(n):
+            _add_float(state, np.float64(values[i]))
 
 
 @subroutine

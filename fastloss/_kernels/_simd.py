@@ -9,8 +9,8 @@ It also compiles sooner, because there is no loop left to analyse.
 A vector of float32 (or int32) has 16 lanes, one of float64 (or int64) has 8: :func:`lanes`. The kernels are
 generic in the *compute type*: they take a zero of that type, ``like``, and every constructor here follows it.
 
-Operators: ``+ - *`` and unary minus on vectors of one type; ``< <= > >= == !=`` give a mask; ``& | ^`` work on masks and
-integers, ``<< >>`` (arithmetic) shift integers by a vector of counts. No fast-math flag is ever set: each operation is
+Operators: ``+ - *`` and unary minus on vectors of one type; ``< <= > >= == !=`` give a mask; ``& | ^`` work on masks
+and integers, ``<< >>`` (arithmetic) shift integers by a vector of counts. No fast-math flag is ever set: each operation is
 the IEEE operation, each :func:`fma` is fused on every CPU.
 
 With ``NUMBA_DISABLE_JIT=1`` the same names work on NumPy arrays of 16 or 8 elements, so that every kernel can be
@@ -29,6 +29,7 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "any_lane",
     "copy",
+    "even_lanes",
     "first_lane",
     "fma",
     "from_bits",
@@ -45,6 +46,7 @@ __all__ = [
     "mask_bits",
     "negative_zeros_like",
     "next_task",
+    "odd_lanes",
     "polynomial",
     "prefetch",
     "scalar",
@@ -413,6 +415,23 @@ def load_columns(typingctx, array, offsets, first, column, like):
         return cgutils.pack_array(builder, columns)
 
     return types.UniTuple(vector, 4)(array, offsets, types.int64, types.int64, like), codegen
+
+
+def _pick_lanes(first):
+    """Make the intrinsic that takes every other lane of two vectors, from lane ``first`` on."""
+
+    @intrinsic
+    def pick(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            places = list(range(first, 2 * a.count, 2))
+            return builder.shuffle_vector(*args, ir.Constant(ir.VectorType(ir.IntType(32), a.count), places))
+
+        return a(a, b), codegen
+
+    return pick
+
+
+even_lanes, odd_lanes = _pick_lanes(0), _pick_lanes(1)
 
 
 @intrinsic

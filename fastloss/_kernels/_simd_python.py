@@ -8,6 +8,7 @@ import numpy as np
 __all__ = [
     "any_lane",
     "copy",
+    "even_lanes",
     "first_lane",
     "fma",
     "from_bits",
@@ -24,6 +25,7 @@ __all__ = [
     "mask_bits",
     "negative_zeros_like",
     "next_task",
+    "odd_lanes",
     "polynomial",
     "prefetch",
     "scalar",
@@ -87,6 +89,14 @@ def copy(array, index, source, at, like):
 
 def prefetch(array, index, distance):
     pass
+
+
+def even_lanes(a, b):
+    return np.concatenate([a, b])[::2]
+
+
+def odd_lanes(a, b):
+    return np.concatenate([a, b])[1::2]
 
 
 def load_one(array, index, like):

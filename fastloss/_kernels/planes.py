@@ -13,13 +13,17 @@ import numpy as np
 from fastloss._kernels import tiles
 from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
+    any_lane,
     copy,
+    even_lanes,
     first_lane,
     fma,
     integer_like,
     lanes,
     load,
     load_columns,
+    load_integers,
+    odd_lanes,
     prefetch,
     scalar,
     splat,
@@ -34,6 +38,10 @@ from fastloss._kernels.rows import finite_shift, gather_targets, merge
 # which the CPU's own prefetcher learns too late; more classes would not fit into the sets of the first-level cache that
 # they share where planes lie a power of two apart.
 AHEAD = 4
+
+# Up to this many classes the targets' logits are selected class by class, a vector of rows at a time; beyond, they are
+# loaded one by one.
+SELECTED = 16
 
 # Rows of few classes that are staged at a time, and how far ahead of them memory is asked for, in bytes.
 STAGED_ROWS = 64
@@ -60,11 +68,29 @@ def _fits(offsets, n, reach, size):
     return largest + reach <= size
 
 
+@inline
+def _follow_on(offsets, n, step):
+    """Whether ``n`` rows, at least a vector, lie ``step`` apart."""
+    n_lanes = lanes(0.0)
+    expected, outside = tiles.lane_steps(step) + splat(offsets[0]), splat(0) != splat(0)
+    for slot in range(0, n, n_lanes):
+        i = min(slot, n - n_lanes)
+        outside = outside | (load_integers(offsets, 8 * i, np.int64(0)) != expected + splat(i * step))
+    return not any_lane(outside)
+
+
 @subroutine
 def stage_classes(x, offsets, n, stride, low, high, width, stage, like):
     """Copy the classes ``low .. high`` of the tile's rows into ``stage``, class by class."""
     n_lanes = lanes(like)
-    if stride == 1 and n >= n_lanes and _fits(offsets, n, low + (high - low + 3) // 4 * 4, len(x)):
+    if stride == 1 and n >= n_lanes and low == 0 and high == 2 and _follow_on(offsets, n, 2):
+        for slot in range(0, n, n_lanes):
+            row = row_of(slot, n, n_lanes)
+            first = load(x, offsets[row], like)
+            second = load(x, offsets[row] + n_lanes, like)
+            store(stage, row, even_lanes(first, second))
+            store(stage, width + row, odd_lanes(first, second))
+    elif stride == 1 and n >= n_lanes and _fits(offsets, n, low + (high - low + 3) // 4 * 4, len(x)):
         for slot in range(0, n, n_lanes):
             row = row_of(slot, n, n_lanes)
             for c in range(low, high, 4):
@@ -201,6 +227,15 @@ def _four_lanes(source, at, step, lane, quarter, n_classes, shift, target):
     return total
 
 
+@inline
+def _select_logit(source, at, step, n_classes, target, like):
+    """The logits of the targets (of class 0 where there is none) of a vector of rows."""
+    logit = load(source, at, like)
+    for c in range(1, n_classes):
+        logit = where(target == splat(integer_like(c, like)), load(source, at + c * step, like), logit)
+    return logit
+
+
 @subroutine
 def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, row_numbers, shifts, rest, stage):
     """The case of :func:`target_tile` where a lane has at most two classes: a vector of rows at a time, summed in
@@ -227,16 +262,17 @@ def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, r
                     row = row_of(slot, staged_rows, n_lanes)
                     prefetch(x, at + row, AHEAD_ROWS)
                     copy(stage, c * width + row, x, at + row, like)
-        if in_place:
-            gather_targets(x, offsets[begin:], stride, staged_rows, targets[begin:], shifts[begin:])
-        else:
-            gather_targets(stage, row_numbers, width, staged_rows, targets[begin:], shifts[begin:])
         source = x if in_place else stage
         step = stride if in_place else width
+        if n_classes > SELECTED:
+            gather_targets(stage, row_numbers, width, staged_rows, targets[begin:], shifts[begin:])
         for slot in range(0, staged_rows, n_lanes):
             row = row_of(slot, staged_rows, n_lanes)
             at = (offsets[begin] if in_place else 0) + row
-            shift, target = load(shifts, begin + row, like), load(near, begin + row, integer)
+            target = load(near, begin + row, integer)
+            if n_classes <= SELECTED:
+                store(shifts, begin + row, _select_logit(source, at, step, n_classes, target, like))
+            shift = load(shifts, begin + row, like)
             total = _four_lanes(source, at, step, 0, quarter, n_classes, shift, target)
             if quarter == 4 and n_classes > 2:
                 total = total + _four_lanes(source, at, step, 2, quarter, n_classes, shift, target)

@@ -145,7 +145,7 @@ def _add_float32_grids(state, values, n, exponent):
 
 @inline
 def _add_float64_grids(state, values, n, exponent):
-    """Add ``values`` below 2**(exponent + 1) on two grids of float64; whether that was exact (else nothing is added)."""
+    """Add ``values`` below 2**(exponent + 1) on two grids of float64; whether that was exact, as above."""
     grid = exponent - 49
     step = np.int64(51) << 52
     high_bits = ((grid + 52 + 1023) << 52) | (np.int64(1) << 51)

@@ -107,7 +107,7 @@ ENGINES = {"fastloss": _fastloss, "sklearn": _sklearn}
 
 
 def measure_memory(engine, case):
-    """Peak memory of one call beyond the inputs, in MiB, in this process."""
+    """Peak memory of one call beyond the inputs, in MiB, in this process, which has called nothing larger before."""
     function = ENGINES[engine](case["metric"])
     is_small = case["rows"] * case["classes"] <= SMALL
     y, scores, options = make_inputs(case, case["rows"] if is_small else max(case["rows"] // 10, case["classes"]))
@@ -153,8 +153,8 @@ def run(case, n_rounds, wants_memory):
     peaks = {}
     if wants_memory:
         for engine in ENGINES:
-            command = [sys.executable, __file__, "--memory", json.dumps([engine, case])]
-            peaks[engine] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            command = [sys.executable, __file__, "--memory", json.dumps([[engine, case]])]
+            (peaks[engine],) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     agrees = math.isclose(values["fastloss"], values["sklearn"], rel_tol=TOLERANCES[case["dtype"]])
     return {**case, "values": values, "agrees": agrees, "seconds": seconds, "ratio": ratio, "peak_mib": peaks}
 
@@ -187,7 +187,7 @@ def main():
     arguments = parser.parse_args()
     warnings.simplefilter("error")
     if arguments.memory:
-        print(measure_memory(*json.loads(arguments.memory)))
+        print(json.dumps([measure_memory(engine, case) for engine, case in json.loads(arguments.memory)]))
         return 0
     print(f"{'':66} {'fastloss':>9} {'sklearn':>9} {'ratio':>8} {'memory':>8} {'memory':>8}")
     print(f"{'':66} {'ms':>9} {'ms':>9} {'':>8} {'MiB':>8} {'MiB':>8}")

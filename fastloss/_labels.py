@@ -35,6 +35,8 @@ class Target(NamedTuple):
 
 def as_array(value: Any, name: str) -> Array:
     """An array-like of one or two dimensions: arrays, sequences, series and data frames, nullable ones included."""
+    if isinstance(value, np.matrix):
+        raise ParameterError(f"{name}: np.matrix is not supported, expected an array (np.asarray makes one)")
     dtype = getattr(getattr(value, "dtype", None), "numpy_dtype", None)  # pandas' nullable and Arrow's dtypes
     if getattr(dtype, "kind", "O") in "biuf":
         try:

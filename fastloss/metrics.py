@@ -62,7 +62,8 @@ def log_loss(
     y_proba : array_like
         Probabilities, shape ``(n_samples, n_classes)``, whose columns belong to the sorted labels; or shape
         ``(n_samples,)`` or ``(n_samples, 1)``, the probabilities of the greater of two labels. float16, float32 and
-        float64 are read where they lie; everything else becomes float64.
+        float64 of NumPy and pandas are what they are; everything else (integers, lists, polars, nullable and
+        byte-swapped data) becomes float64, whose precision then clips.
     normalize : bool
         Whether to return the mean over the rows, or else their sum.
     sample_weight : array_like, optional
@@ -120,10 +121,12 @@ def log_loss(
     proba = _as_scores(y_proba, "y_proba")
     y, weights = _check_rows(y_true, proba, sample_weight)
     target = _labels.as_target(y, labels, _n_classes(proba), "y_prob")
-    if proba.shape[1] == 1 and (proba.dtype.char == "e" or target.indicator is not None):
+    dtype = _probability_dtype(y_proba)
+    if proba.shape[1] == 1 and (dtype.char == "e" or target.indicator is not None):
         _check_probabilities(proba, not ((proba >= 0) & (proba <= 1)).all())
+        proba = proba.astype(dtype)
         proba = np.concatenate([1 - proba, proba], axis=1)  # (float16's complements are rounded to float16)
-    return _log_loss(proba, target, weights, normalize)
+    return _log_loss(proba, dtype, target, weights, normalize)
 
 
 def log_loss_from_logits(
@@ -309,7 +312,8 @@ def brier_score_from_logits(
     The score of a row is the quotient of two sums of positive numbers in float64, so a small score keeps its digits,
     where ``softmax(x) - 1`` has none left.
 
-    *Difference from scikit-learn.* There is no `pos_label`: one column of logits belongs to the greater label.
+    *Difference from scikit-learn.* There is no `pos_label`: one column of logits belongs to the greater label, and
+    `labels` has to list both where `y_true` holds one alone.
 
     Examples
     --------
@@ -419,11 +423,61 @@ def top_k_accuracy_from_logits(
 
 
 class _Scorer:
-    """A callable for ``scoring=``: the negative loss of what an estimator's method returns, with its ``classes_``.
+    """A scorer for ``scoring=``: the negative loss of what a method of the estimator returns, with its ``classes_``.
 
-    It holds no object of scikit-learn, so that it pickles and is imported without it; the methods that speak of
-    metadata follow its protocol for consumers.
+    It is called as ``scorer(estimator, X, y_true, sample_weight=None)``, and goes wherever scikit-learn takes
+    ``scoring=``. Because the estimator's classes are the ``labels`` of the loss, the data to score may lack some.
+
+    Parameters
+    ----------
+    estimator : object
+        A fitted classifier: with ``predict_proba`` for ``neg_log_loss_scorer``, with ``decision_function`` for
+        ``neg_log_loss_from_logits_scorer``, and best with ``classes_``.
+    X : array_like
+        What that method takes.
+    y_true : array_like
+        The true labels, as :func:`log_loss` takes them.
+    sample_weight : array_like, optional
+        One weight per row.
+
+    Returns
+    -------
+    float
+        The negative weighted mean of the losses: greater is better.
+
+    Raises
+    ------
+    AttributeError
+        If the estimator has no such method.
+    ValueError, ZeroDivisionError
+        As :func:`log_loss` and :func:`log_loss_from_logits`; for labels that are not among the estimator's classes.
+
+    See Also
+    --------
+    log_loss, log_loss_from_logits : The losses.
+
+    Notes
+    -----
+    ``decision_function`` has to give logits, as that of linear models of the log loss and of gradient boosting does;
+    that of a support vector machine does not.
+
+    With scikit-learn's metadata routing, ``scorer.set_score_request(sample_weight=True)`` is a scorer that takes
+    weights.
+
+    Examples
+    --------
+    >>> from fastloss.metrics import neg_log_loss_scorer
+    >>> class Coin:
+    ...     classes_ = ["heads", "tails"]
+    ...
+    ...     def predict_proba(self, X):
+    ...         return [[0.5, 0.5]] * len(X)
+    >>> print(round(neg_log_loss_scorer(Coin(), [[1], [2]], ["heads", "heads"]), 4))
+    -0.6931
     """
+
+    # It holds no object of scikit-learn, so that it pickles and is imported without it; the methods that speak of
+    # metadata follow scikit-learn's protocol for consumers.
 
     def __init__(self, name: str, loss: Callable[..., float], response_method: str) -> None:
         self._name = name
@@ -441,12 +495,18 @@ class _Scorer:
     def __hash__(self) -> int:
         return hash((self._name, self._request))
 
-    def __call__(self, estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:  # noqa: N803
-        classes = getattr(estimator, "classes_", None)
-        scores = np.asarray(getattr(estimator, self._response_method)(X))
-        if self._response_method == "predict_proba" and classes is not None and len(classes) == scores.shape[-1] == 2:
+    def __call__(self, estimator: Any, X: Any, y_true: Any, sample_weight: Any = None) -> float:  # noqa: N803
+        labels = getattr(estimator, "classes_", None)
+        scores = getattr(estimator, self._response_method)(X)
+        shape = getattr(y_true, "shape", None) or np.shape(y_true[:1])
+        if len(shape) > 1 and shape[1] > 1:
+            labels = None  # an indicator matrix has a column for each class
+            if isinstance(scores, list):  # forests: the probabilities of "no" and "yes" for each
+                scores = np.column_stack([columns[:, -1] for columns in scores])
+        scores = np.asarray(scores)
+        if self._response_method == "predict_proba" and labels is not None and len(labels) == scores.shape[-1] == 2:
             scores = scores[:, 1]  # as scikit-learn's scorers do: the other probability is 1 minus this one
-        return -self._loss(y, scores, sample_weight=sample_weight, labels=classes)
+        return -self._loss(y_true, scores, sample_weight=sample_weight, labels=labels)
 
     def set_score_request(self, *, sample_weight: bool | str | None) -> "_Scorer":
         """A scorer that asks scikit-learn's metadata routing for weights: True, False, None, or under which name.
@@ -496,7 +556,7 @@ def _check_flag(value: Any, name: str) -> None:
 def _as_scores(value: Any, name: str) -> Array:
     """Probabilities or logits with one column or more, of a dtype with numbers in it."""
     scores = _labels.as_array(value, name)
-    if scores.dtype.kind in "OUT" or scores.dtype.char == "g":
+    if scores.dtype.kind in "OSUT" or scores.dtype.char == "g":
         try:
             scores = scores.astype(np.float64)
         except (TypeError, ValueError) as error:
@@ -509,6 +569,20 @@ def _as_scores(value: Any, name: str) -> Array:
                 f"{name}: Found array with 0 {what}(s) (shape={scores.shape}) while a minimum of 1 is required."
             )
     return scores[:, None] if scores.ndim == 1 else scores
+
+
+def _probability_dtype(value: Any) -> np.dtype[Any]:
+    """The dtype whose precision clips: scikit-learn keeps NumPy's native floats, and makes float64 of everything else.
+
+    (It does not ask what array a list, a polars frame or a tensor would become.)
+    """
+    dtype = getattr(value, "dtype", None)
+    if dtype is None and hasattr(value, "iloc"):
+        columns = list(value.dtypes)
+        dtype = np.result_type(*columns) if all(isinstance(column, np.dtype) for column in columns) else None
+    if isinstance(dtype, np.dtype) and dtype.isnative and dtype.char in "efd":
+        return dtype
+    return np.dtype(np.float64)
 
 
 def _n_classes(scores: Array) -> int:
@@ -602,20 +676,27 @@ def _average_values(values: Array, weights: Array, normalize: bool) -> float:
     return _average(total.total, weight_sum.total, len(values), weights, normalize)
 
 
-def _readable_pieces(scores: Array) -> Iterator[tuple[slice, Array]]:
-    """The scores as the kernels read them: float32 and float64 as they lie, everything else converted in pieces."""
-    if scores.dtype.char in "fd" and _views.lies_well(scores):
+def _readable_pieces(scores: Array, dtype: np.dtype[Any]) -> Iterator[tuple[slice, Array]]:
+    """The scores in float32 or float64: as they lie where they are that already, else converted in pieces."""
+    if scores.dtype == dtype and _views.lies_well(scores):
         yield slice(0, len(scores)), scores
         return
-    dtype = _views.compute_dtype(scores.dtype)
     for rows in _labels.row_pieces(scores.shape):
         yield rows, scores[rows].astype(dtype)
 
 
 def _run(
-    kernel: "Kernel", scores: Array, codes: Array, weights: Array, parameters: tuple[float, float]
+    kernel: "Kernel",
+    scores: Array,
+    codes: Array,
+    weights: Array,
+    parameters: tuple[float, float],
+    dtype: np.dtype[Any] | None = None,
 ) -> tuple[float, float, int, int]:
-    """The sums of the weighted values and of the weights, and how often the kernel met each fault."""
+    """The sums of the weighted values and of the weights, and how often the kernel met each fault.
+
+    The kernel reads float32 for scores of ``dtype`` (their own, if None) float32 or narrower, else float64.
+    """
     from fastloss import _runtime
     from fastloss._kernels.scores import N_TILES
     from fastloss._kernels.sums import STATE_SIZE
@@ -624,7 +705,7 @@ def _run(
     options = np.array(parameters, np.float64)
     total, weight_sum, invalid, not_normalised = 0.0, 0.0, 0, 0
     flat_weights = _views.flatten(weights)[0] if weights.size else weights
-    for rows, x in _readable_pieces(scores):
+    for rows, x in _readable_pieces(scores, _views.compute_dtype(dtype or scores.dtype)):
         flat, (*_, origin) = _views.flatten(x)
         table = _geometry(x, origin // x.itemsize)
         total, weight_sum, *faults = _runtime.run(
@@ -647,13 +728,14 @@ def _geometry(x: Array, origin: int) -> Array:
     )
 
 
-def _log_loss(proba: Array, target: Target, weights: Array, normalize: bool) -> float:
+def _log_loss(proba: Array, dtype: np.dtype[Any], target: Target, weights: Array, normalize: bool) -> float:
     from fastloss._kernels.scores import log_loss as kernel
 
-    epsilon = float(np.finfo(proba.dtype if proba.dtype.char in "efd" else np.float64).eps)
+    epsilon = float(np.finfo(dtype).eps)
     # numpy.isclose(sum, 1, rtol=sqrt(eps)), whose atol is 1e-8 by default
     tolerance = math.sqrt(epsilon) + 1e-8
-    total, weight_sum, invalid, not_normalised = _run(kernel, proba, target.codes, weights, (epsilon, tolerance))
+    parameters = (epsilon, tolerance)
+    total, weight_sum, invalid, not_normalised = _run(kernel, proba, target.codes, weights, parameters, dtype)
     _check_probabilities(proba, invalid > 0)
     if not_normalised:
         warnings.warn(

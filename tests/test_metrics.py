@@ -128,6 +128,89 @@ LABELS = {
 }
 
 
+class OnlyAnArray:
+    """What has a length, a shape and ``__array__``, and nothing else."""
+
+    def __init__(self, array):
+        self.shape, self._array = array.shape, array
+
+    def __len__(self):
+        return len(self._array)
+
+    def __array__(self, dtype=None, copy=None):
+        return self._array.astype(dtype or self._array.dtype)
+
+
+def one_changed(value):
+    def change(array):
+        array = np.array(array, np.float64)
+        array.reshape(-1)[len(array) // 2] = value
+        return array
+
+    return change
+
+
+SCORES = {
+    "float64": lambda p: p,
+    "float32": lambda p: p.astype(np.float32),
+    "big-endian": lambda p: p.astype(">f4"),
+    "fortran": np.asfortranarray,
+    "strided": lambda p: np.repeat(p, 2, axis=0)[::2],
+    "list": lambda p: p.tolist(),
+    "text": lambda p: p.astype(str),
+    "objects": lambda p: p.astype(object),
+    "integers": lambda p: np.rint(p).astype(int),
+    "bool": lambda p: p > 0.5,
+    "pandas": lambda p: pd.Series(p) if p.ndim == 1 else pd.DataFrame(p),
+    "pandas, nullable": lambda p: pd.Series(p, dtype="Float64") if p.ndim == 1 else pd.DataFrame(p).astype("Float32"),
+    "array": OnlyAnArray,
+    "not normalised": lambda p: p * 0.9,
+    "nearly normalised": lambda p: p * (1 - 1e-9),
+    "a column more": lambda p: np.column_stack([p, np.zeros(len(p))]),
+    "a row less": lambda p: p[:-1],
+    "too large": one_changed(1.5),
+    "negative": one_changed(-1e-9),
+    "NaN": one_changed(NAN),
+    "infinite": one_changed(INF),
+    "complex": lambda p: p.astype(complex),
+    "cube": lambda p: p.reshape(len(p), -1, 1),
+}
+WEIGHTS = {
+    "float64": lambda w: w,
+    "float32": lambda w: w.astype(np.float32),
+    "integers": lambda w: np.rint(3 * w).astype(int),
+    "bool": lambda w: w > 0.3,
+    "list": lambda w: w.tolist(),
+    "pandas": lambda w: pd.Series(w, index=np.arange(len(w))[::-1]),
+    "nullable": lambda w: pd.Series(w, dtype="Float64"),
+    "negative": lambda w: w - 0.4,
+    "huge": lambda w: w * 1e300,
+    "zero": lambda w: w * 0,
+    "NaN": one_changed(NAN),
+    "infinite": one_changed(INF),
+    "a row less": lambda w: w[:-1],
+    "column": lambda w: w[:, None],
+    "scalar": lambda w: 2.0,
+}
+
+
+def drawn(rng, table, plain=0.0):
+    """An entry of a table, the first one with a probability of its own."""
+    names = list(table)
+    return table[names[0] if rng.random() < plain else names[rng.integers(len(names))]]
+
+
+def outcome(function, *arguments, **options):
+    """The value, the exception, and the warnings as their classes and texts."""
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        try:
+            value, error = function(*arguments, **options), None
+        except Exception as raised:
+            value, error = None, raised
+    return value, error, sorted((w.category.__name__, str(w.message)) for w in record)
+
+
 class TestEqualsScikitLearn:
     @pytest.mark.parametrize("kind", LABELS)
     @pytest.mark.parametrize(("n_rows", "n_classes"), [(2, 2), (9, 3), (30, 7), (100, 17)])
@@ -207,6 +290,72 @@ class TestEqualsScikitLearn:
         for labels in (y, names, polars.Series(names, dtype=polars.Categorical)):
             found = log_loss(polars.Series(labels), polars.DataFrame(p), sample_weight=polars.Series(y + 1))
             assert found == pytest.approx(expected, rel=1e-12)
+
+    def test_any_combination(self, serial):
+        """Labels, containers, weights and options drawn at random, right and wrong: value, warnings, or an error."""
+        n_values = n_errors = 0
+        for seed in range(600):
+            rng = np.random.default_rng(seed)
+            n_rows, n_classes = int(rng.choice([1, 2, 3, 9, 30])), int(rng.choice([2, 2, 3, 4, 9]))
+            codes = rng.integers(0, n_classes, n_rows)
+            codes[:n_classes] = np.arange(n_classes)[:n_rows]
+            y, names = drawn(rng, LABELS)(codes), drawn(rng, LABELS)(np.arange(n_classes))
+            one_column = n_classes == 2 and rng.random() < 0.5
+            p = rng.random(n_rows) if one_column else probabilities(rng, n_rows, n_classes)
+            p = drawn(rng, SCORES, 0.5)(p)
+            options = {"normalize": bool(rng.random() < 0.7)}
+            if rng.random() < 0.5:
+                options["sample_weight"] = drawn(rng, WEIGHTS, 0.5)(rng.random(n_rows))
+            if rng.random() < 0.3:
+                options["labels"] = np.asarray(names).reshape(-1)
+                if rng.random() < 0.3:
+                    options["labels"] = rng.permutation(options["labels"])
+            expected, error, expected_warnings = outcome(sklearn.metrics.log_loss, y, p, **options)
+            found, our_error, found_warnings = outcome(log_loss, y, p, **options)
+            assert (our_error is None) == (error is None), (seed, error, our_error)
+            if error is not None:
+                n_errors += 1
+                assert isinstance(our_error, ValueError | ZeroDivisionError)
+                continue
+            n_values += 1
+            tolerance = TOLERANCES.get(getattr(np.asarray(p), "dtype", np.dtype(float)).type, 1e-12)
+            assert found == pytest.approx(expected, rel=tolerance, abs=tolerance * 1e-3), seed
+            assert found_warnings == expected_warnings, seed
+        assert n_values > 200
+        assert n_errors > 50
+
+    def test_the_precision_that_clips(self):
+        """NumPy's native floats are kept, in arrays, series and frames; scikit-learn makes float64 of all else."""
+        p = np.array([1, 0], np.float32)
+        two = np.stack([1 - p, p], axis=1)
+        kept = [p, p[::-1][::-1], pd.Series(p), two, np.asfortranarray(two), pd.DataFrame(two)]
+        widened = [
+            p.tolist(),
+            list(p),
+            p.astype(">f4"),
+            pd.Series(p, dtype="Float32"),
+            OnlyAnArray(p),
+            two.astype(">f4"),
+        ]
+        widened += [pd.DataFrame(two).astype("Float32"), pd.DataFrame(two).astype({0: float}), OnlyAnArray(two)]
+        for expected, containers in ((np.finfo(np.float32).eps, kept), (np.finfo(np.float64).eps, widened)):
+            for proba in containers:
+                for y in ([0, 1], np.eye(2, dtype=int)):
+                    assert log_loss(y, proba) == pytest.approx(-np.log(float(expected)), rel=1e-14)
+                    assert sklearn.metrics.log_loss(y, proba) == pytest.approx(-np.log(float(expected)), rel=1e-6)
+
+    def test_the_precision_that_clips_polars(self):
+        polars = pytest.importorskip("polars")
+        p = np.array([[0, 1], [1, 0]], np.float32)
+        for proba in (polars.DataFrame(p), polars.Series(p[:, 1])):
+            expected = sklearn.metrics.log_loss([0, 1], proba)
+            assert log_loss([0, 1], proba) == pytest.approx(expected, rel=1e-12)
+            assert expected > 30
+
+    def test_numbers_as_text(self):
+        for dtype in ("U", "S", object):
+            p = np.array(["0.3", "0.8"]).astype(dtype)
+            assert log_loss([0, 1], p) == pytest.approx(sklearn.metrics.log_loss([0, 1], p), rel=1e-12)
 
     @pytest.mark.parametrize(
         "y",
@@ -522,6 +671,8 @@ ERRORS = [
     ("ragged scores", "rectangular", ([0, 1, 0], [[0.1, 0.9], [0.1], [0.2, 0.8]]), {}),
     ("text scores", "expected real numbers", ([0, 1, 0], ["a", "b", "c"]), {}),
     ("complex scores", "Complex data not supported", ([0, 1, 0], [0.1j, 0.2, 0.9]), {}),
+    ("matrix", "np.matrix is not supported", ([0, 1, 0], np.asmatrix(TWO)), {}),
+    ("matrix of labels", "np.matrix is not supported", (np.asmatrix([0, 1, 0]), TWO), {}),
     ("NaN score", "Input contains NaN", ([0, 1, 0], [0.1, NAN, 0.2]), {}),
     ("NaN in a row", "Input contains NaN", ([0, 1, 0], [[0.1, 0.9], [0.1, 0.9], [0.5, NAN]]), {}),
     ("infinity in a row", "Input contains infinity", ([0, 1, 0], [[0.1, 0.9], [0.1, 0.9], [0.5, INF]]), {}),
@@ -761,5 +912,5 @@ class Estimator:
 print(round(metrics.neg_log_loss_scorer(Estimator(), [[0]], [0]), 4))
 print([m for m in ("sklearn", "pandas", "polars") if m in sys.modules])
 """
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
         assert done.stdout == "-0.6931\n[]\n", done.stderr

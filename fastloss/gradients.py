@@ -5,7 +5,6 @@ As in :mod:`fastloss.functional` a call is checked, viewed, run and reduced; the
 """
 
 import functools
-import inspect
 import math
 import warnings
 from collections.abc import Callable

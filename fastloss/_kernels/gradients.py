@@ -17,7 +17,6 @@ from fastloss._kernels._simd import (
     iota,
     lanes,
     load,
-    load_one,
     scalar,
     splat,
     store,

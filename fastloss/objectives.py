@@ -146,7 +146,9 @@ class XGBoostCrossEntropy(_CrossEntropy):
         return 2.0
 
     def _bounded(self, hessian: Array, own: Array) -> Array:
-        return np.maximum(hessian, np.where(own != 0, _XGBOOST_SMALLEST, 0).astype(hessian.dtype)[:, None], out=hessian)
+        smallest = np.where(own != 0, _XGBOOST_SMALLEST, 0).astype(hessian.dtype)
+        np.maximum(hessian, smallest[:, None], out=hessian)
+        return hessian
 
 
 class LightGBMCrossEntropy(_CrossEntropy):
@@ -178,10 +180,11 @@ class LightGBMCrossEntropy(_CrossEntropy):
 
     Notes
     -----
-    An instance is called with ``(preds, dataset)`` or, by the scikit-learn API, ``(y_true, y_pred, weight)``, and returns
-    gradient and Hessian. With :math:`p` the softmax of a row, :math:`m_c` what multiplies :math:`-\log p_c` in its loss
-    and :math:`K` the number of classes, these are :math:`p_c \sum_k m_k - m_c` and :math:`\frac{K}{K-1}\, p_c (1 - p_c)
-    \sum_k m_k` times the sample weight: the factor is LightGBM's own convention. Predictions are raw scores.
+    An instance is called with ``(preds, dataset)`` or, by the scikit-learn API, ``(y_true, y_pred, weight)``, and
+    returns gradient and Hessian. With :math:`p` the softmax of a row, :math:`m_c` what multiplies :math:`-\log p_c` in
+    its loss and :math:`K` the number of classes, these are :math:`p_c \sum_k m_k - m_c` and
+    :math:`\frac{K}{K-1}\, p_c (1 - p_c) \sum_k m_k` times the sample weight: the factor is LightGBM's own convention.
+    Predictions are raw scores.
 
     LightGBM's own objective starts from the logarithms of the classes' frequencies unless ``boost_from_average`` is
     false; a custom one starts from 0. :meth:`init_score` gives those logarithms.

@@ -24,7 +24,7 @@ from fastloss._kernels._simd import (
     tree_sum,
     where,
 )
-from fastloss._kernels._vecmath import LOG1P_LIMIT, exp, exp_difference
+from fastloss._kernels._vecmath import exp, exp_difference
 from fastloss._kernels.driver import BAD, BATCH, BLOCK, KEPT, SECOND_SUM, make_kernel
 from fastloss._kernels.sums import add_block
 
@@ -33,6 +33,10 @@ GRADIENT, UPSTREAM = np.int64(3), np.int64(4)
 
 # The target of a row with class probabilities: no class, and not ignored.
 NO_CLASS, NO_NEAR_CLASS = np.int64(1) << 40, np.int32(2**31 - 1)
+
+# The largest sum relative to the target that serves the gradient (a loss of 28). The rounding of x[c] - x[t] goes into
+# all entries alike: up to here it is at most 2**-20, and beyond it nothing cancels in 1 - p[t].
+LARGEST_SUM = 2.0**40
 
 # What a tile's rows have to be known of, as rows of ``scratch.narrow``: an entry of the gradient is, with
 # p = exp(x - SHIFT) * INVERSE,
@@ -245,14 +249,14 @@ def _read_upstream(upstream, geometry, start, n, offsets, scales):
 
 @subroutine
 def _know_again(x, geometry, offsets, n, targets, narrow, scratch):
-    """:func:`_know_targets` of those rows that could not be summed relative to the target: relative to the maximum,
-    some 80 above it, so that nothing cancels in 1 - p.
+    """:func:`_know_targets` of the rows whose sum relative to the target is too large or no number: relative to the
+    maximum.
     """
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     like = narrow[SHIFT, 0]
     for i in range(n):
         logit, rest = narrow[SHIFT, i], narrow[INVERSE, i]
-        if targets[i] >= 0 and not (rest < LOG1P_LIMIT and np.isfinite(logit)):
+        if targets[i] >= 0 and not (rest < LARGEST_SUM and np.isfinite(logit)):
             largest, other_rest, _, _ = rows.max_shift_row(
                 x, offsets[i], stride, n_classes, None, 0, 0, None, like, like, False, like,
                 (scratch.stage, scratch.stage),
@@ -275,7 +279,7 @@ def _know_targets(x, weight, geometry, offsets, n, targets, narrow, scratch):
     """
     like = narrow[SHIFT, 0]
     one, zero, nan = splat(scalar(1.0, like)), splat(scalar(0.0, like)), splat(scalar(np.nan, like))
-    limit, infinity = splat(scalar(LOG1P_LIMIT, like)), splat(scalar(np.inf, like))
+    limit, infinity = splat(scalar(LARGEST_SUM, like)), splat(scalar(np.inf, like))
     integer = integer_like(0, like)
     nothing, count = splat(integer), splat(integer_like(1, like))
     again = nothing

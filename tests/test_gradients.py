@@ -445,8 +445,6 @@ t_rows[::7] = -100
 
 def results():
     yield f(rows, t_rows, weight)
-    yield f(rows, t_rows, label_smoothing=0.1)
-    yield f(rows, np.abs(rows))
     yield f(few, t_few)
     yield f(images, t_images)
     yield nll(rows, t_rows, weight)
@@ -473,7 +471,7 @@ def test_any_number_of_threads():
         used, hashes = json.loads(result.stdout)
         assert used == n_threads
         found.append(hashes)
-    assert len(found[0]) == 16
+    assert len(found[0]) == 12
     assert found[0] == found[1] == found[2]
 
 

@@ -27,7 +27,7 @@ def test_the_logistic_regression_has_the_coefficients_of_scikit_learn():
     with contextlib.redirect_stdout(printed):
         exec(compile(code, "README.md", "exec"), names)
     assert printed.getvalue() == expected
-    np.testing.assert_allclose(names["result"].x.reshape(10, 65)[:, :-1], names["model"].coef_, atol=1e-4)
+    np.testing.assert_allclose(names["result"].x.reshape(3, 14)[:, :-1], names["model"].coef_, atol=1e-4)
 
 
 def test_set_up_has_two_one_line_commands():

@@ -2,6 +2,7 @@
 
 from fastloss import metrics as metrics
 from fastloss.functional import cross_entropy, kl_div, log_softmax, logsumexp, nll_loss, softmax
+from fastloss.gradients import value_and_grad
 from fastloss.modules import CrossEntropyLoss, KLDivLoss, LogSoftmax, NLLLoss, Softmax
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "logsumexp",
     "nll_loss",
     "softmax",
+    "value_and_grad",
 ]
 
 __version__ = "0.1.0"

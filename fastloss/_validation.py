@@ -4,6 +4,7 @@ A message says which argument is wrong, what came, and what was expected. All ch
 the exception is a target out of range, which the kernels find while they read the targets: :func:`check_targets`.
 """
 
+import math
 import operator
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -158,6 +159,19 @@ def one_spelling(value: Any, other: Any, name: str, other_name: str, unset: obje
     if value is not unset:
         raise TypeError(f"{other_name}: got both {name} and {other_name}, which are one argument; expected one of them")
     return other
+
+
+def grad_output(value: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The gradient of what is made of a loss with respect to it: of the loss's shape. None is 1, for one value only."""
+    if value is None:
+        if math.prod(shape) != 1:
+            raise ValueError(f"grad_output: got None for a loss of shape {shape}, expected an array of that shape")
+        return np.ones(shape, dtype)
+    array = as_real(value, "grad_output")
+    if array.shape != shape:
+        raise ValueError(f"grad_output: got shape {array.shape}, expected that of the loss, {shape}")
+    with np.errstate(over="ignore"):
+        return np.asarray(array, dtype)
 
 
 def check_axis(axis: Any, ndim: int) -> int:

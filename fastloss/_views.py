@@ -208,26 +208,30 @@ def lay_out(
 
 
 def readable_pieces(
-    inputs: tuple[tuple[Array, int | None, bool], ...], result: tuple[Array | None, int | None], dtype: np.dtype[Any]
+    inputs: tuple[tuple[Array, int | None, bool], ...],
+    result: tuple[Array | None, int | None],
+    dtype: np.dtype[Any],
+    *others: tuple[Array | None, int | None],
 ) -> Iterable[tuple[Any, ...]]:
-    """The inputs, and the result that goes with them (or None), as the kernels can read them.
+    """The inputs, and the results that go with them (or None), as the kernels can read them.
 
     An input is an array, its class axis (None for class indices and pointwise values) and whether it holds class
     indices; a result is an array and its class axis. Where all inputs lie well that is themselves, once. Else it is
-    piece after piece of the rows, the inputs copied (integers that are no class indices as ``dtype``), the result as a
-    view.
+    piece after piece of the rows, the inputs copied (integers that are no class indices as ``dtype``), the results as
+    views.
     """
     for array, _, is_index in inputs:
         if not (array.dtype.isnative if is_index else lies_well(array)):
-            return _copied_pieces(inputs, result, dtype)
-    return ((*(array for array, _, _ in inputs), result[0]),)
+            return _copied_pieces(inputs, (result, *others), dtype)
+    return ((*(array for array, _, _ in inputs), result[0], *(other[0] for other in others)),)
 
 
 def _copied_pieces(
-    inputs: tuple[tuple[Array, int | None, bool], ...], result: tuple[Array | None, int | None], dtype: np.dtype[Any]
+    inputs: tuple[tuple[Array, int | None, bool], ...],
+    results: tuple[tuple[Array | None, int | None], ...],
+    dtype: np.dtype[Any],
 ) -> Iterator[tuple[Any, ...]]:
     array, class_axis, _ = inputs[0]
-    out, out_axis = result
     for cut in pieces(array.shape, () if class_axis is None else (class_axis,)):
         row_cut = without(cut, class_axis)
         copies = []
@@ -235,7 +239,8 @@ def _copied_pieces(
             native = source.dtype.newbyteorder("=") if is_index or is_floating(source.dtype) else dtype
             copies.append(np.array(source[row_cut if axis is None else cut], native, order="C"))
         # (With the ellipsis, an index of a 0-d array gives a view too.)
-        yield (*copies, None if out is None else out[(*(row_cut if out_axis is None else cut), ...)])
+        views = (None if out is None else out[(*(row_cut if axis is None else cut), ...)] for out, axis in results)
+        yield (*copies, *views)
 
 
 def pieces(shape: tuple[int, ...], whole_axes: tuple[int, ...] = ()) -> Iterator[tuple[slice, ...]]:

@@ -23,6 +23,11 @@ _UNSET: Any = object()
 # A vector of padding behind the weights: rows shorter than a vector read past them.
 _PADDING = 16
 
+MEAN_IS_NOT_THE_DIVERGENCE = (
+    "reduction='mean' divides by the number of elements, so it is not the Kullback-Leibler divergence: "
+    "reduction='batchmean' is"
+)
+
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 # What gathering one entry costs, in entries read one after the other (a cache line of float32).
@@ -270,12 +275,7 @@ def kl_div(
     is_deprecated = size_average is not None or reduce is not None
     reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
     if reduction == "mean" and not is_deprecated:
-        warnings.warn(
-            "reduction='mean' divides by the number of elements, so it is not the Kullback-Leibler divergence: "
-            "reduction='batchmean' is",
-            UserWarning,
-            stacklevel=2,
-        )
+        warnings.warn(MEAN_IS_NOT_THE_DIVERGENCE, UserWarning, stacklevel=2)
     log_probabilities = _validation.as_real(input, "input")
     goal = _validation.as_real(target, "target")
     shape = _validation.broadcast_shape(log_probabilities, goal)

@@ -94,6 +94,38 @@ def check_divergence(x, t, tolerance):
             close(got, references.kl_div(x, y, reduction, log_target), tolerance)
 
 
+def check_gradients(x, t, tolerance):
+    """Cross-entropy with indices, smoothed and of probabilities; negative log-likelihood; Kullback-Leibler."""
+    x, t = (x[:, :40], np.minimum(t, 39)) if x.shape[1] > 40 else (x, t.copy())
+    p = references.softmax(x, 1)
+    one_hot = np.moveaxis(np.eye(x.shape[1])[t], -1, 1)
+    w = np.linspace(0.5, 2, x.shape[1]).reshape(-1, *[1] * (x.ndim - 2))
+    y = p.astype(np.float32 if x.dtype.kind == "i" else x.dtype)[::-1]
+    gradient_of = lambda name, *arrays, **options: fastloss.value_and_grad(getattr(fastloss, name))(*arrays, **options)
+    for eps in (0.0, 0.2):
+        for target, masses in ((t, one_hot), (y, y.astype(np.float64))):
+            masses = w * (masses * (1 - eps) + eps / x.shape[1])
+            expected = p * masses.sum(1, keepdims=True) - masses
+            options = {"weight": w.ravel(), "label_smoothing": eps, "reduction": "sum"}
+            close(gradient_of("cross_entropy", x, target, **options)[1], expected, tolerance)
+    close(gradient_of("nll_loss", x, t)[1], -one_hot / t.size, tolerance)
+    for log_target in (False, True):
+        expected = -np.exp(y.astype(np.float64)) if log_target else -y.astype(np.float64)
+        close(gradient_of("kl_div", x, y, reduction="sum", log_target=log_target)[1], expected, tolerance)
+    rows = np.moveaxis(x.astype(np.float64), 1, -1).copy()
+    rows[t == t.flat[0]] = NAN
+    gradient = gradient_of("cross_entropy", np.moveaxis(rows, -1, 1), t, ignore_index=int(t.flat[0]))[1]
+    assert np.isfinite(gradient).all()
+    rows[t != t.flat[0]] = 0
+    rows[..., 0] = 200
+    gradient = gradient_of("cross_entropy", np.moveaxis(rows, -1, 1), t, ignore_index=int(t.flat[0]), reduction="sum")[
+        1
+    ]
+    kept = np.moveaxis(gradient, 1, -1)[(t != t.flat[0]) & (t > 0)]
+    if x.shape[1] > 1 and len(kept):
+        close(kept[:, 0], np.ones(len(kept)))
+
+
 def check_metrics():
     """Log loss in each layout, the metrics of logits, labels through both tables; closed forms."""
     rng = np.random.default_rng(3)
@@ -175,7 +207,7 @@ def main():
     np.seterr(all="ignore")
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "reduction='mean'")
-    for check in (check_losses, check_probabilities, check_outputs, check_divergence):
+    for check in (check_losses, check_probabilities, check_outputs, check_divergence, check_gradients):
         every_case(check)
     check_special_values()
     check_metrics()

@@ -52,6 +52,7 @@ __all__ = [
     "scalar",
     "splat",
     "store",
+    "store_columns",
     "to_bits",
     "to_float",
     "tree_max",
@@ -432,6 +433,46 @@ def _pick_lanes(first):
 
 
 even_lanes, odd_lanes = _pick_lanes(0), _pick_lanes(1)
+
+
+@intrinsic
+def store_columns(typingctx, array, offsets, first, column, a, b, c, d):
+    """The way back of :func:`load_columns`: four vectors to the elements ``column .. column + 4`` of as many rows as
+    they have lanes.
+    """
+    count = a.count
+    if a.dtype != array.dtype:
+        raise TypeError(f"vectors of {a.dtype} do not go into an array of {array.dtype}")
+
+    def codegen(context, builder, sig, args):
+        table = context.make_array(offsets)(context, builder, args[1])
+        index = ir.VectorType(ir.IntType(32), 4)
+
+        def pick(a, b, pattern):
+            """In each group of four lanes the given elements of that group of a (0 to 3) and b (4 to 7)."""
+            lanes_ = [4 * g + i if i < 4 else count + 4 * g + i - 4 for g in range(count // 4) for i in pattern]
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), count), lanes_))
+
+        a, b, c, d = args[4:]
+        ab_low, ab_high = pick(a, b, (0, 4, 1, 5)), pick(a, b, (2, 6, 3, 7))
+        cd_low, cd_high = pick(c, d, (0, 4, 1, 5)), pick(c, d, (2, 6, 3, 7))
+        # In group g, the four elements of row 4 g + j.
+        rows = [
+            pick(ab_low, cd_low, (0, 1, 4, 5)),
+            pick(ab_low, cd_low, (2, 3, 6, 7)),
+            pick(ab_high, cd_high, (0, 1, 4, 5)),
+            pick(ab_high, cd_high, (2, 3, 6, 7)),
+        ]
+        for i in range(count):
+            group = ir.Constant(index, list(range(i // 4 * 4, i // 4 * 4 + 4)))
+            four = builder.shuffle_vector(rows[i % 4], ir.Constant(rows[0].type, ir.Undefined), group)
+            row = builder.add(args[2], ir.Constant(ir.IntType(64), i))
+            at = builder.load(builder.gep(table.data, [row], inbounds=True))
+            pointer = _element_pointer(context, builder, array, args[0], builder.add(at, args[3]), 4)
+            builder.store(four, pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, offsets, types.int64, types.int64, a, b, c, d), codegen
 
 
 @intrinsic

@@ -31,6 +31,7 @@ __all__ = [
     "scalar",
     "splat",
     "store",
+    "store_columns",
     "to_bits",
     "to_float",
     "tree_max",
@@ -78,6 +79,14 @@ def load_columns(array, offsets, first, column, like):
     if starts.min() < 0 or starts.max() > len(array) - 4:
         raise IndexError("vector outside its array")
     return tuple(array[starts + i] for i in range(4))
+
+
+def store_columns(array, offsets, first, column, *vectors):
+    starts = offsets[first : first + len(vectors[0])] + column
+    if starts.min() < 0 or starts.max() > len(array) - 4:
+        raise IndexError("vector outside its array")
+    for i, values in enumerate(vectors):
+        array[starts + i] = values
 
 
 def copy(array, index, source, at, like):

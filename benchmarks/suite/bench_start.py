@@ -1,0 +1,63 @@
+"""What a process pays before its first result: the import, and the first call, compiled or from the cache."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+
+_IMPORT = """
+import time
+begin = time.perf_counter()
+import fastloss
+print(time.perf_counter() - begin)
+"""
+_FIRST_CALL = """
+import time
+import numpy as np
+import fastloss
+logits = np.zeros((4, 10), np.float32)
+begin = time.perf_counter()
+fastloss.{function}(logits, {arguments})
+print(time.perf_counter() - begin)
+"""
+_ARGUMENTS = {"cross_entropy": "[0, 1, 2, 3]", "kl_div": "logits, reduction='sum'", "softmax": "axis=1"}
+
+
+def _seconds(code, cache=None):
+    """What a new process prints."""
+    environment = dict(os.environ) | ({"FASTLOSS_CACHE_DIR": cache} if cache else {})
+    command = [sys.executable, "-c", code]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+class Import:
+    """`import fastloss`, NumPy's share included."""
+
+    n_times = 5
+
+    def track_seconds(self):
+        return statistics.median(_seconds(_IMPORT) for _ in range(self.n_times))
+
+    track_seconds.unit = "s"
+
+
+class FirstCall:
+    """The first small call of a process, with an empty cache and with its code in the cache."""
+
+    params = list(_ARGUMENTS)
+    param_names = ("function",)
+    timeout = 300
+
+    def setup(self, function):
+        self.code = _FIRST_CALL.format(function=function, arguments=_ARGUMENTS[function])
+
+    def track_cold(self, function):
+        with tempfile.TemporaryDirectory() as cache:
+            return _seconds(self.code, cache)
+
+    def track_warm(self, function):
+        _seconds(self.code)  # fills the cache, if this is the first time
+        return statistics.median(_seconds(self.code) for _ in range(3))
+
+    track_cold.unit = track_warm.unit = "s"

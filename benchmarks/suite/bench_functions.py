@@ -8,13 +8,13 @@ class _Regime:
 
     regime = ""
     tiny = False
-    param_names = ("case", "dtype")
+    param_names = ("case",)
     timeout = 300  # a first call compiles
 
-    def setup(self, case, dtype):
-        self.call = cases.ready(case, self.regime, dtype, self.tiny)
+    def setup(self, case):
+        self.call = cases.ready(case, self.regime, self.tiny)
 
-    def time_call(self, case, dtype):
+    def time_call(self, case):
         self.call()
 
 

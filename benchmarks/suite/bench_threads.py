@@ -1,4 +1,4 @@
-"""What more threads bring: the losses of two regimes, on one thread and on two."""
+"""What more threads bring: cross-entropy in two regimes, on one thread and on two."""
 
 import cases
 import common
@@ -6,13 +6,13 @@ import common
 
 class Threads:
     tiny = False
-    params = (["cross_entropy", "softmax"], ["few classes", "ImageNet"], [1, 2])
-    param_names = ("case", "regime", "threads")
+    params = (["few classes", "ImageNet"], [1, 2])
+    param_names = ("regime", "threads")
     timeout = 300
 
-    def setup(self, case, regime, threads):
+    def setup(self, regime, threads):
         common.use_threads(threads)
-        self.call = cases.ready(case, regime, "float32", self.tiny)
+        self.call = cases.ready("cross_entropy, float32", regime, self.tiny)
 
-    def time_call(self, case, regime, threads):
+    def time_call(self, regime, threads):
         self.call()

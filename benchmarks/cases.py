@@ -5,8 +5,10 @@
 every public name of fastloss has a row, or tests/test_benchmarks.py fails.
 """
 
+import contextlib
 import dataclasses
 import functools
+import io
 import types
 from collections.abc import Callable
 from typing import Any
@@ -187,6 +189,16 @@ def scorer(method, output):
     return prepare
 
 
+def silent(function, inputs):
+    """`prepare` of the command line, with the sample that ships with fastloss."""
+
+    def call():
+        with contextlib.redirect_stdout(io.StringIO()):
+            function(["score"])
+
+    return call
+
+
 _TABLES = ("few classes", "ImageNet", "vocabulary", "one row", "latency")
 _EVERYWHERE = tuple(SIZES)
 _FLOATS = ("float32", "float64")
@@ -249,6 +261,7 @@ CASES = (
         "metrics.neg_log_loss_from_logits_scorer",
         scorer("decision_function", "logits"),
     ),
+    Case("python -m fastloss score", "cli.main", silent, ("latency",)),
 )
 
 

@@ -108,9 +108,10 @@ class Child:
         except BrokenPipeError:
             line = ""
         if not line:
-            self.stop(kill=True)
+            self.process.kill()
             self.errors.seek(0)
             last = [text.strip() for text in self.errors.read().splitlines() if text.strip()][-1:]
+            self.stop()
             raise DiedError(f"its process ended or did not answer: {' '.join(last)[:200]}")
         return json.loads(line)
 
@@ -126,13 +127,13 @@ class Child:
             with contextlib.suppress(DiedError):
                 self.ask(do="free")
 
-    def stop(self, kill=False):
+    def stop(self):
         if self.process is not None:
-            if kill:
-                self.process.kill()
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.process.wait()
             self.process.stdout.close()
+            self.errors.close()
             self.process = None
 
 

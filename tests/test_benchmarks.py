@@ -65,8 +65,8 @@ def test_compare_counts_wrong_digits_beside_the_times(tiny_comparison):
     for line in found["accuracy"]:
         assert not line["problems"]
         # 2e-6 in relative terms is at most 34 ulp; a loss of 1e-7 lost to rounding is off by millions
-        assert line["ulp"].pop("fastloss") < 34
-        assert all(ulp > 1e6 for ulp in line["ulp"].values())
+        assert line["ulp"]["fastloss"] < 34
+        assert all(ulp > 1e6 for name, ulp in line["ulp"].items() if name != "fastloss")
     assert "worst error, confident predictions of 1000 classes" in printed
 
 
@@ -260,7 +260,7 @@ sys.path.insert(0, "benchmarks")
 import pkgutil, importlib, suite
 for info in pkgutil.iter_modules(suite.__path__):
     importlib.import_module("suite." + info.name)
-print(sorted({"torch", "jax", "scipy", "sklearn", "mpmath", "matplotlib", "ml_dtypes"} & set(sys.modules)))
+print(sorted({"torch", "jax", "sklearn", "mpmath", "matplotlib", "ml_dtypes"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TOOLS.parent, check=True)
     assert done.stdout.strip() == "[]"

@@ -302,6 +302,7 @@ def _cpu():
 
 
 def environment(arguments, names):
+    """How it was measured, and with what."""
     packages = {"python": platform.python_version(), "numpy": np.__version__}
     for engine in names:
         packages.update(engines.versions(engine))
@@ -315,6 +316,7 @@ def environment(arguments, names):
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,
         "packages": packages,
+        "not_installed": [name for name in arguments.engines if name not in names],
     }
 
 
@@ -367,6 +369,7 @@ def _parse(arguments):
     if chosen.publish:
         if chosen.regimes or chosen.tiny or chosen.json:
             parser.error("--publish measures every regime in its size, and writes where the README looks")
+        report.check()  # before minutes are spent
         chosen.json = report.JSON
         chosen.json.parent.mkdir(exist_ok=True)
     return chosen

@@ -6,6 +6,7 @@ reads `benchmarks/results/comparison.json`, as `compare.py --publish` wrote it, 
 tables into the README, between the two comments that mark their place. Needs matplotlib (the `bench` extra).
 """
 
+import importlib
 import json
 import math
 import re
@@ -114,13 +115,14 @@ def summary(found):
 def footer(found):
     facts = found["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    absent = [PEERS.get(name, name) for name in facts["not_installed"]]
     return "\n".join(
         [
             "Peers: how many times as long as fastloss they take, the median of the ratios round by round.",
             f"{facts['cpu']}; {facts['threads']} threads for every engine; {facts['platform']}.",
             f"{facts['rounds']} rounds; each engine in a process of its own, in turn; OMP_WAIT_POLICY"
             f" {facts['omp_wait_policy'] or 'not set'}; load average at the start {facts['load']:.2f}.",
-            f"{packages}.",
+            f"{packages}." + (f" Not installed: {', '.join(absent)}." if absent else ""),
             f"{facts['date']}: `{facts['command']}`",
         ]
     )
@@ -191,16 +193,26 @@ def chart(found, path):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def with_tables(readme, found):
-    """A README whose marked place holds the tables."""
+def _check_place(readme):
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise ValueError(f"the README should hold {BEGIN!r} and {END!r} once each")
+
+
+def with_tables(readme, found):
+    """A README whose marked place holds the tables."""
+    _check_place(readme)
     return re.sub(
         re.escape(BEGIN) + ".*" + re.escape(END),
         lambda match: f"{BEGIN}\n\n{markdown(found)}\n\n{END}",
         readme,
         flags=re.DOTALL,
     )
+
+
+def check():
+    """Whether there is what `publish` needs; raises ImportError or ValueError."""
+    importlib.import_module("matplotlib")
+    _check_place(README.read_text(encoding="utf-8"))
 
 
 def publish():

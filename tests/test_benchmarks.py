@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import pkgutil
+import platform
 import re
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ accuracy = importlib.import_module("accuracy")
 cases = importlib.import_module("cases")
 common = importlib.import_module("common")
 compare = importlib.import_module("compare")
+inspect_kernel = importlib.import_module("inspect_kernel")
 report = importlib.import_module("report")
 
 # --------------------------------------------------------------------------------------------- the comparison
@@ -314,6 +316,53 @@ def test_the_exact_values_of_accuracy_are_those_of_mpmath(rng):
         for row, target, value in zip(x, t, exact, strict=True):
             others = mpmath.fsum(mpmath.exp(mpmath.mpf(float(v)) - float(row[target])) for v in np.delete(row, target))
             assert abs(float(mpmath.log1p(others)) / float(value) - 1) < 1e-15
+
+
+# ----------------------------------------------------------------------------------------------- the assembly
+
+ASSEMBLY = """
+kernel:
+.LBB0_1:
+	vaddps	(%rsi,%rax), %zmm0, %zmm0
+.LBB0_2:
+	vgatherdps	(%rsi,%zmm1,4), %zmm2 {%k1}
+	vmovups	%ymm3, 32(%rsp)
+	vaddss	%xmm1, %xmm2, %xmm2
+	jne	.LBB0_2
+	callq	*%rcx
+	jmp	.LBB0_1
+other:
+.LBB1_1:
+	addq	$1, %rax
+	jne	.LBB1_1
+	retq
+"""
+
+
+def test_the_innermost_loops_are_found_and_counted():
+    loops = inspect_kernel.innermost_loops(ASSEMBLY)
+    assert [(function, len(lines)) for function, lines in loops] == [("kernel", 5), ("other", 3)]
+    assert inspect_kernel.counts(loops[0][1]) == {
+        "instructions": 4,
+        "zmm": 1,
+        "ymm": 1,
+        "xmm": 1,
+        "gather": 1,
+        "stack": 1,
+        "call": 0,
+        "scalar": 1,
+    }
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="reads x86-64 assembly")
+def test_inspect_kernel_shows_the_loops_of_a_regime(tmp_path):
+    path = tmp_path / "nll.s"
+    command = [sys.executable, str(TOOLS / "inspect_kernel.py"), "NLL", "--tiny", "--show", "1", "--asm", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^  1 nll +\d+", done.stdout, re.MULTILINE)
+    assert "NLL, 12 x 12 float32" in done.stdout
+    assert "retq" in path.read_text()
 
 
 # -------------------------------------------------------------------------------------------------- metrics

@@ -38,7 +38,7 @@ import numpy as np
 import report
 
 PAUSE = 0.02  # seconds before each measurement: GNU OpenMP's threads spin for some milliseconds
-SLOW_FACTOR, SLOW_ROUNDS = 30, 3
+SLOW_FACTOR, SLOW_ROUNDS = 10, 3  # an engine that takes this many times as long as fastloss is asked less often
 OTHER_CPUS = 0.1  # what other processes may use of the CPUs before the times are called in question
 PATIENCE = 180  # seconds for one answer
 
@@ -313,6 +313,7 @@ def environment(arguments, names):
         "platform": platform.platform(),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
+        "slow": {"factor": SLOW_FACTOR, "rounds": SLOW_ROUNDS},
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,
         "packages": packages,

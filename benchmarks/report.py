@@ -115,12 +115,14 @@ def summary(found):
 def footer(found):
     facts = found["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
+    slow = facts["slow"]
     absent = [PEERS.get(name, name) for name in facts["not_installed"]]
     return "\n".join(
         [
             "Peers: how many times as long as fastloss they take, the median of the ratios round by round.",
             f"{facts['cpu']}; {facts['threads']} threads for every engine; {facts['platform']}.",
-            f"{facts['rounds']} rounds; each engine in a process of its own, in turn; OMP_WAIT_POLICY"
+            f"{facts['rounds']} rounds ({slow['rounds']} for an engine that takes over {slow['factor']} times as long);"
+            " each engine in a process of its own, in turn; OMP_WAIT_POLICY"
             f" {facts['omp_wait_policy'] or 'not set'}; load average at the start {facts['load']:.2f}.",
             f"{packages}." + (f" Not installed: {', '.join(absent)}." if absent else ""),
             f"{facts['date']}: `{facts['command']}`",

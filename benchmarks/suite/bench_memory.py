@@ -3,6 +3,7 @@
 import functools
 import sys
 
+import cases
 import common
 import memory
 
@@ -26,7 +27,7 @@ class _Memory:
     timeout = 300
 
     def setup(self, function, layout):
-        smaller = common.Inputs(SMALLER[layout])
+        smaller = common.Inputs(cases.tiny_shape(SMALLER[layout]) if self.tiny else SMALLER[layout])
         _call(function, smaller)()
         self.inputs = smaller if self.tiny else common.Inputs(SHAPES[layout])
         self.call = _call(function, self.inputs)

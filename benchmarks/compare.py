@@ -368,8 +368,8 @@ def _parse(arguments):
     parser.add_argument("--worker", choices=engines.ENGINES, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.publish:
-        if chosen.regimes or chosen.tiny or chosen.json:
-            parser.error("--publish measures every regime in its size, and writes where the README looks")
+        if chosen.regimes or chosen.tiny or chosen.json or chosen.engines != list(engines.ENGINES):
+            parser.error("--publish measures every regime in its size with every engine, for the README")
         report.check()  # before minutes are spent
         chosen.json = report.JSON
         chosen.json.parent.mkdir(exist_ok=True)

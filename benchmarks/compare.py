@@ -1,13 +1,17 @@
-"""Compare fastloss with its peers, and with the rate at which the inputs can be read, on the regimes of `_engines.py`.
+"""Compare fastloss with its peers, and with the rate at which the inputs can be read, on the regimes of `cases.py`.
 
     python benchmarks/compare.py [--regimes NAME ...] [--engines NAME ...] [--rounds N] [--json FILE] [--list] ...
+    python benchmarks/compare.py --publish
 
 Every engine runs in a process of its own, over the same seeded data. Before anything is timed, all engines must agree
 on the value. Then they are asked in turn, round by round, and the ratio reported is the median over the rounds of (time
 of the peer / time of fastloss in that round). While one engine works the others wait on a pipe. Each turn begins with a
 pause, in which worker threads stop spinning, so that every library can keep its own waiting policy (or that of
 OMP_WAIT_POLICY), and with one untimed call. "roofline" is a parallel sum over the bytes of the inputs; the fraction is
-its time / that of fastloss.
+its time / that of fastloss. Last comes the worst error of each engine on confident predictions.
+
+`--publish` measures everything and then writes `benchmarks/results/comparison.json`, the chart beside it and the
+README's tables (see `report.py`). An engine that is not installed, fails or disagrees is named and left out.
 
 Exits with 1 if a value disagrees (that engine is then not timed) or fastloss itself fails; missed bars are printed.
 """
@@ -28,13 +32,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import _engines
+import cases
+import engines
 import numpy as np
+import report
 
 PAUSE = 0.02  # seconds before each measurement: GNU OpenMP's threads spin for some milliseconds
-SLOW_FACTOR, SLOW_ROUNDS = 30, 3
+SLOW_FACTOR, SLOW_ROUNDS = 10, 3  # an engine that takes this many times as long as fastloss is asked less often
 OTHER_CPUS = 0.1  # what other processes may use of the CPUs before the times are called in question
-PATIENCE = 900  # seconds for one answer
+PATIENCE = 180  # seconds for one answer
 
 # How far results may be apart, in relative terms. XLA and PyTorch reduce in the result's precision.
 TOLERANCES = {"float16": 5e-3, "bfloat16": 3e-2, "float32": 1e-4, "float64": 1e-10}
@@ -102,9 +108,10 @@ class Child:
         except BrokenPipeError:
             line = ""
         if not line:
-            self.stop(kill=True)
+            self.process.kill()
             self.errors.seek(0)
             last = [text.strip() for text in self.errors.read().splitlines() if text.strip()][-1:]
+            self.stop()
             raise DiedError(f"its process ended or did not answer: {' '.join(last)[:200]}")
         return json.loads(line)
 
@@ -120,13 +127,13 @@ class Child:
             with contextlib.suppress(DiedError):
                 self.ask(do="free")
 
-    def stop(self, kill=False):
+    def stop(self):
         if self.process is not None:
-            if kill:
-                self.process.kill()
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
             self.process.wait()
             self.process.stdout.close()
+            self.errors.close()
             self.process = None
 
 
@@ -182,7 +189,7 @@ def run_regime(regime, children, n_rounds, tiny=False):
                 continue
             time.sleep(0 if tiny else PAUSE)
             try:
-                warm = ready[name]["seconds"] < _engines.SLOW_CALL
+                warm = ready[name]["seconds"] < engines.SLOW_CALL
                 answer = children[name].ask(do="measure", repeats=ready[name]["repeats"], warm=warm)
             except DiedError as death:
                 answer = {"error": str(death)}
@@ -205,6 +212,23 @@ def run_regime(regime, children, n_rounds, tiny=False):
         "problems": problems,
         **_summary(regime, seconds),
     }
+
+
+def run_accuracy(n_classes, children, tiny=False):
+    """The worst error of each engine on confident predictions, in ulp."""
+    errors, problems = {}, []
+    for name, child in children.items():
+        if name == "roofline":
+            continue
+        try:
+            answer = child.ask(do="accuracy", n_classes=n_classes, tiny=tiny)
+        except DiedError as death:
+            answer = {"error": str(death)}
+        if "error" in answer:
+            problems.append({"engine": name, "what": "failed", "message": answer["error"]})
+        elif "ulp" in answer:
+            errors[name] = answer["ulp"]
+    return {"classes": n_classes, "ulp": errors, "problems": problems}
 
 
 def _summary(regime, seconds):
@@ -234,14 +258,10 @@ def _summary(regime, seconds):
 # ----------------------------------------------------------------------------------------------------- output
 
 
-def _number(value, digits=2):
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
 def _verdict(value, bar, meets):
     if bar is None:
-        return "-" if value is None else f"{value:.2f}"
-    return f"{_number(value)} / {bar:g} {'-' if meets is None else 'ok' if meets else 'MISS'}"
+        return report.number(value)
+    return f"{report.number(value)} / {bar:g} {'-' if meets is None else 'ok' if meets else 'MISS'}"
 
 
 def header(peers):
@@ -249,37 +269,26 @@ def header(peers):
 
 
 def row(result, peers):
-    size = " x ".join(f"{n}" for n in result["shape"]) + f" {result['dtype']}"
     ratios = result["ratios"]
     fastest = result["fastest_peer"]
     milliseconds = result["milliseconds"]
     return [
         result["name"],
-        size,
+        report.size(result),
         "-" if milliseconds is None else f"{milliseconds:.4g}",
-        *(_number(ratios.get(peer)) for peer in peers),
+        *(report.number(ratios.get(peer)) for peer in peers),
         fastest or "-",
         _verdict(ratios.get(fastest), result["bar"], result["meets_bar"]),
         _verdict(result["roofline"], result["roofline_bar"], result["meets_roofline_bar"]),
     ]
 
 
-def _widths(peers):
-    return [25, 30, 11, *(max(8, len(peer)) for peer in peers), 12, 16, 16]
-
-
 def plain_line(cells, peers):
-    widths = _widths(peers)
+    widths = [25, 30, 11, *(max(8, len(peer)) for peer in peers), 12, 16, 16]
     return "  ".join(
         cell.ljust(width) if k < 2 else cell.rjust(width)
         for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ).rstrip()
-
-
-def markdown(results, peers):
-    head = header(peers)
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *(row(result, peers) for result in results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cpu():
@@ -292,10 +301,11 @@ def _cpu():
     return platform.processor() or platform.machine()
 
 
-def environment(arguments, engines):
+def environment(arguments, names):
+    """How it was measured, and with what."""
     packages = {"python": platform.python_version(), "numpy": np.__version__}
-    for engine in engines:
-        packages.update(_engines.versions(engine))
+    for engine in names:
+        packages.update(engines.versions(engine))
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -303,31 +313,23 @@ def environment(arguments, engines):
         "platform": platform.platform(),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
+        "slow": {"factor": SLOW_FACTOR, "rounds": SLOW_ROUNDS},
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,
         "packages": packages,
+        "not_installed": [name for name in arguments.engines if name not in names],
     }
 
 
-def footer(facts):
-    packages = ", ".join(f"{name} {version}" for name, version in facts["packages"].items())
-    return "\n".join(
-        [
-            "Engines: how many times as long as fastloss they take. Ratio: that of the fastest.",
-            f"{facts['cpu']}; {facts['threads']} threads for every engine; {facts['platform']}",
-            f"{facts['rounds']} rounds; each engine in its own process, in turn, after a pause of {1e3 * PAUSE:g} ms;"
-            f" OMP_WAIT_POLICY {facts['omp_wait_policy'] or 'not set'}; load average at the start {facts['load']:.2f}",
-            packages,
-            f"{facts['date']}: {facts['command']}",
-        ]
-    )
+def _write_partial(path, content):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    return partial
 
 
 def write_json(path, content):
     """Under another name, then renamed: what lies there is whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    _write_partial(path, content).replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -337,7 +339,7 @@ def _chosen(names):
     """The regimes whose names begin with one of these (all without names)."""
     found = {}
     for name in names or [""]:
-        matching = {k: r for k, r in _engines.REGIMES.items() if k.lower().startswith(name.lower())}
+        matching = {k: r for k, r in cases.REGIMES.items() if k.lower().startswith(name.lower())}
         if not matching:
             raise SystemExit(f"compare.py: no regime begins with {name!r}; --list names them")
         found.update(matching)
@@ -355,62 +357,89 @@ def _restrict_to(n_threads):
 def _parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--regimes", nargs="+", metavar="NAME", help="those that begin with a NAME (default: all)")
-    parser.add_argument("--engines", nargs="+", choices=_engines.ENGINES, default=list(_engines.ENGINES))
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--engines", nargs="+", choices=engines.ENGINES, default=list(engines.ENGINES))
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there (FILE.partial until the end)")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown, too")
+    parser.add_argument("--publish", action="store_true", help="measure everything; write results/ and the README")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: whether everything works, not how fast")
     parser.add_argument("--list", action="store_true", help="name the regimes and exit")
-    parser.add_argument("--worker", choices=_engines.ENGINES, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    parser.add_argument("--worker", choices=engines.ENGINES, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    if chosen.publish:
+        if chosen.regimes or chosen.tiny or chosen.json or chosen.engines != list(engines.ENGINES):
+            parser.error("--publish measures every regime in its size with every engine, for the README")
+        report.check()  # before minutes are spent
+        chosen.json = report.JSON
+        chosen.json.parent.mkdir(exist_ok=True)
+    return chosen
+
+
+def _list():
+    for regime in cases.REGIMES.values():
+        shape = " x ".join(map(str, regime.shape))
+        bars = f"bar {regime.bar or '-'}, roofline {regime.roofline_bar or '-'}"
+        print(f"{regime.name:26}{regime.operation:15}{shape:22}{regime.dtype:10}{bars}")
+
+
+def _installed(names):
+    installed = [name for name in names if engines.versions(name) is not None]
+    for name in names:
+        if name not in installed:
+            print(f"{name} is left out: {', '.join(engines.ENGINES[name].packages)} not installed")
+    return installed
+
+
+def measure(arguments, regimes, names):
+    """Everything, printed as it is found, and the content of the JSON file."""
+    peers = [name for name in names if name not in ("fastloss", "roofline")]
+    children = {name: Child(name, arguments.threads) for name in names}
+    found = {"environment": environment(arguments, names), "regimes": [], "accuracy": [], "seconds": None}
+    begin = time.monotonic()
+    try:
+        print(plain_line(header(peers), peers), flush=True)
+        for regime in cases.in_running_order(regimes):
+            result = run_regime(regime, children, arguments.rounds, arguments.tiny)
+            found["regimes"].append(result)
+            print(plain_line(row(result, peers), peers), flush=True)
+            for problem in result["problems"]:
+                print(f"  !!! {problem['engine']} {problem['what']}: {problem['message']}", flush=True)
+            if result["other_cpus"] > OTHER_CPUS and not arguments.tiny:
+                print(f"  !!! other processes used {result['other_cpus']:.2f} CPUs meanwhile: measure again")
+            if arguments.json:
+                _write_partial(arguments.json, found)
+        order = [regime.name for regime in regimes]
+        found["regimes"].sort(key=lambda result: order.index(result["name"]))
+        for n_classes in engines.CONFIDENT_CLASSES:
+            found["accuracy"].append(run_accuracy(n_classes, children, arguments.tiny))
+            errors = ", ".join(f"{name} {value:.3g}" for name, value in found["accuracy"][-1]["ulp"].items())
+            print(f"worst error, confident predictions of {n_classes} classes, in ulp: {errors}", flush=True)
+    finally:
+        for child in children.values():
+            child.stop()
+    found["seconds"] = round(time.monotonic() - begin, 1)
+    return found
 
 
 def main(arguments=None):
     arguments = _parse(arguments)
     if arguments.worker:
-        _engines.serve(arguments.worker, arguments.threads)
+        engines.serve(arguments.worker, arguments.threads)
         return 0
     if arguments.list:
-        for regime in _engines.REGIMES.values():
-            bars = f"bar {regime.bar or '-'}, roofline {regime.roofline_bar or '-'}"
-            print(
-                f"{regime.name:26}{regime.operation:15}{' x '.join(map(str, regime.shape)):22}{regime.dtype:10}{bars}"
-            )
+        _list()
         return 0
-    regimes = _chosen(arguments.regimes)
     _restrict_to(arguments.threads)
-    engines = [name for name in arguments.engines if _engines.versions(name) is not None]
-    for name in sorted(set(arguments.engines) - set(engines)):
-        print(f"{name} is left out: {', '.join(_engines.ENGINES[name].packages)} not installed")
-    peers = [name for name in engines if name not in ("fastloss", "roofline")]
-    children = {name: Child(name, arguments.threads) for name in engines}
-    facts = environment(arguments, engines)
-    results = []
-    try:
-        if not arguments.markdown:
-            print(plain_line(header(peers), peers), flush=True)
-        for regime in regimes:
-            result = run_regime(regime, children, arguments.rounds, arguments.tiny)
-            results.append(result)
-            if not arguments.markdown:
-                print(plain_line(row(result, peers), peers), flush=True)
-            stream = sys.stderr if arguments.markdown else sys.stdout
-            for problem in result["problems"]:
-                print(f"  !!! {problem['engine']} {problem['what']}: {problem['message']}", file=stream, flush=True)
-            if result["other_cpus"] > OTHER_CPUS and not arguments.tiny:
-                print(
-                    f"  !!! other processes used {result['other_cpus']:.2f} CPUs meanwhile: measure again", file=stream
-                )
-            if arguments.json:
-                write_json(arguments.json, {"environment": facts, "regimes": results})
-    finally:
-        for child in children.values():
-            child.stop()
+    found = measure(arguments, _chosen(arguments.regimes), _installed(arguments.engines))
+    if arguments.json:
+        write_json(arguments.json, found)
+    if arguments.publish:
+        report.publish()
     if arguments.markdown:
-        print(markdown(results, peers))
-    print("\n" + footer(facts))
-    problems = [problem for result in results for problem in result["problems"]]
+        print("\n" + report.markdown(found))
+    print("\n" + report.footer(found))
+    problems = [problem for result in found["regimes"] for problem in result["problems"]]
     return int(any(problem["what"] == "DISAGREES" or problem["engine"] == "fastloss" for problem in problems))
 
 

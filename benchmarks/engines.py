@@ -1,12 +1,11 @@
-"""What `compare.py` measures: one table of regimes, and per engine one small function for each operation.
+"""fastloss and its peers: per engine one small function for each operation of the regimes of `cases.py`.
 
 An engine turns a regime and its NumPy arrays into a call without arguments. Whatever prepares the data (tensors, device
-arrays) happens before; what compiles, compiles at the first call. As `compare.py --worker ENGINE` it
-answers one JSON line per command: prepare (make the inputs, compute, tell some statistics of the value), measure, free.
+arrays) happens before; what compiles, compiles at the first call. As `compare.py --worker ENGINE` it answers one JSON
+line per command: prepare (make the inputs, compute, tell some statistics of the value), measure, free, accuracy.
 """
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import importlib.metadata
@@ -16,135 +15,18 @@ import sys
 import time
 
 import numpy as np
+from cases import REGIMES, Regime
+from common import IGNORED, Inputs
 
-IGNORED = -100
 HALVES = ("float16", "bfloat16")
 SMALLEST_MEASUREMENT = 4e-3  # seconds: shorter calls are repeated
 LATENCY_CALLS = 2000
 SLOW_CALL = 0.1  # seconds: longer calls are not preceded by an untimed one
 
-
-@dataclasses.dataclass(frozen=True)
-class Regime:
-    """One line of the table. `shape` is that of the logits as they are passed."""
-
-    name: str
-    operation: str
-    shape: tuple[int, ...]
-    bar: float | None = None  # at least this many times the fastest peer
-    roofline_bar: float | None = None  # at least this fraction of the rate at which the inputs can be read
-    dtype: str = "float32"
-    reduction: str = "mean"
-    weighted: bool = False  # class weights, and a fifth of the targets ignored
-    smoothing: float = 0.0
-    log_target: bool = False
-    axis: int = 1
-    channels_last: bool = False  # the class axis is innermost in memory
-    latency: bool = False  # the time of a call itself: against PyTorch eager alone
-
-    @property
-    def row_shape(self):
-        return self.shape[:-1] if len(self.shape) == 1 else self.shape[:1] + self.shape[2:]
-
-    @property
-    def n_classes(self):
-        return self.shape[0] if len(self.shape) == 1 else self.shape[1]
-
-    @property
-    def memory_axis(self):
-        """The axis of the classes in the array as it lies in memory."""
-        return -1 if self.channels_last else self.axis if len(self.shape) > 1 else 0
-
-    def tiny(self):
-        return dataclasses.replace(self, shape=tuple(min(n, 12) for n in self.shape))
-
-
-def _regimes():
-    score = functools.partial(Regime, operation="cross_entropy")
-    imagenet, medium = (65_536, 1000), (65_536, 500)
-    regimes = [
-        score("few classes", shape=(1_000_000, 10), bar=2.5),
-        score("binary", shape=(5_000_000, 2), bar=4),
-        score("a hundred", shape=(200_000, 100), bar=1.5),
-        score("ImageNet, mean", shape=imagenet, bar=2, roofline_bar=0.7),
-        score("ImageNet, none", shape=imagenet, bar=2, roofline_bar=0.7, reduction="none"),
-        score("ImageNet, mean, weighted", shape=imagenet, bar=2, roofline_bar=0.7, weighted=True),
-        score("ImageNet, none, weighted", shape=imagenet, bar=2, roofline_bar=0.7, reduction="none", weighted=True),
-        score("vocabulary", shape=(1024, 128_256), bar=2, roofline_bar=0.85),
-        score("one token, 1", shape=(1, 128_256), bar=1.8),
-        score("one token, 8", shape=(8, 50_257), bar=1.8),
-        score("label smoothing", shape=imagenet, bar=1.8, roofline_bar=0.6, smoothing=0.1),
-        Regime("probability targets", "probabilities", imagenet, bar=1.5, roofline_bar=0.6),
-        score("segmentation, 21", shape=(8, 21, 512, 512), bar=2, roofline_bar=0.4),
-        score("segmentation, 150", shape=(4, 150, 128, 128), bar=2, roofline_bar=0.4),
-        score("volume", shape=(2, 5, 96, 128, 128), bar=5),
-        score("channels last", shape=(8, 21, 512, 512), bar=2, channels_last=True),
-        score("float16, 1000", shape=imagenet, bar=2, dtype="float16"),
-        score("float16, vocabulary", shape=(1024, 128_256), bar=2, dtype="float16"),
-        score("bfloat16, 1000", shape=imagenet, bar=2, dtype="bfloat16"),
-        score("bfloat16, vocabulary", shape=(1024, 128_256), bar=2, dtype="bfloat16"),
-        score("float64", shape=medium, bar=1.8, dtype="float64"),
-        Regime("NLL", "nll", (400_000, 100), bar=1.2),
-        Regime("KL", "kl", medium, bar=1.4, roofline_bar=0.6, reduction="batchmean"),
-        Regime("KL, log target", "kl", medium, bar=1.0, roofline_bar=0.75, reduction="batchmean", log_target=True),
-        Regime("log-sum-exp, last axis", "logsumexp", imagenet, bar=2, roofline_bar=0.7),
-        Regime("log-sum-exp, axis 0", "logsumexp", imagenet, bar=2, roofline_bar=0.7, axis=0),
-        Regime("softmax", "softmax", medium, bar=2),
-        Regime("log_softmax", "log_softmax", medium, bar=2),
-        score("latency, 1 row", shape=(10,), bar=1.5, latency=True),
-        score("latency, 32 rows", shape=(32, 10), bar=2.5, latency=True),
-        score("latency, 64 rows", shape=(64, 1000), bar=1.5, latency=True),
-        score("between, 7 classes", shape=(1_000_000, 7)),
-        score("between, 33 classes", shape=(500_000, 33)),
-        score("between, 257 classes", shape=(65_537, 257)),
-        score("between, 4097 classes", shape=(8191, 4097)),
-        score("between, 3 rows", shape=(3, 100_003)),
-        score("between, odd pixels", shape=(3, 21, 383, 511)),
-    ]
-    return {regime.name: regime for regime in regimes}
-
-
-REGIMES = _regimes()
-
-
-# -------------------------------------------------------------------------------------------------- inputs
-
-
-def _as_dtype(values, name):
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return values.astype(ml_dtypes.bfloat16)
-    return values.astype(name, copy=False)
-
-
-def _log_probabilities(values):
-    """In place."""
-    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
-    return values
-
-
-def make_inputs(regime):
-    """The arrays of a regime: the same in every process. `logits` and `target` are as a caller would pass them."""
-    rng = np.random.default_rng(2024)
-    normal = functools.partial(rng.standard_normal, dtype=np.float64 if regime.dtype == "float64" else np.float32)
-    if regime.channels_last:
-        logits = np.moveaxis(normal(regime.row_shape + (regime.n_classes,)), -1, 1)
-    else:
-        logits = normal(regime.shape)
-    arrays = {"logits": _as_dtype(logits, regime.dtype)}
-    if regime.operation in ("cross_entropy", "nll"):
-        target = rng.integers(0, regime.n_classes, regime.row_shape)
-        if regime.weighted:
-            target[rng.random(regime.row_shape) < 0.2] = IGNORED
-            arrays["weight"] = np.linspace(0.5, 2.0, regime.n_classes, dtype=np.float32)
-        arrays["target"] = np.asarray(target)
-    elif regime.operation in ("probabilities", "kl"):
-        target = _log_probabilities(normal(regime.shape))
-        arrays["target"] = target if regime.log_target else np.exp(target, out=target)
-        if regime.operation == "kl":
-            _log_probabilities(arrays["logits"])
-    return arrays
+# Accuracy: rows whose losses spread from 1e-12 to 1e-6, the probability of the true class being nearly 1.
+CONFIDENT_CLASSES = (10, 1000)
+CONFIDENT_ROWS = 1000
+ROWS_ONE_BY_ONE = 100  # where an engine has no losses per row
 
 
 def _loss_options(regime, weight):
@@ -540,17 +422,24 @@ def _statistics(values):
 
 
 class Worker:
-    """One engine and at most one regime's data."""
+    """One engine and the data of one shape and dtype, which regimes in a row share."""
 
     def __init__(self, name, n_threads):
         self.engine = ENGINES[name](n_threads)
         self.function = None
+        self.data = self.inputs = None
+
+    def _arrays(self, regime):
+        if self.data != regime.data:
+            self.inputs = None  # (before the next are made)
+            self.data, self.inputs = regime.data, Inputs(*regime.data)
+        return regime.arrays(self.inputs)
 
     def prepare(self, regime, tiny):
         """Inputs, value, warm-up: the statistics of the value, and the time of one call."""
         chosen = REGIMES[regime].tiny() if tiny else REGIMES[regime]
         operation = getattr(self.engine, chosen.operation)
-        self.function = operation and operation(chosen, **make_inputs(chosen))
+        self.function = operation and operation(chosen, **self._arrays(chosen))
         if self.function is None:
             return {"unsupported": True}
         result = self.engine.numpy(self.function())
@@ -573,10 +462,41 @@ class Worker:
         return {"seconds": (time.perf_counter() - begin) / repeats}
 
     def free(self):
+        """Forget what was compiled and prepared; the inputs stay for the next regime."""
         self.function = None
         self.engine.free()
         gc.collect()
         return {}
+
+    def accuracy(self, n_classes, tiny=False):
+        """The worst error of the losses of confident float32 predictions, in ulp of the exact value."""
+        import accuracy
+
+        rng = np.random.default_rng([0, n_classes])
+        logits, target = accuracy.rows(rng, 10 if tiny else CONFIDENT_ROWS, n_classes, "confident", "float32")
+        exact = accuracy.exact_values(logits, target, n_checked=0)["loss"]
+        losses = self._losses(logits, target)
+        if losses is None:
+            return {"unsupported": True}
+        exact = exact[: len(losses)]
+        seen = exact >= np.finfo(np.float32).tiny
+        return {"ulp": float(accuracy.ulp_errors(losses[seen], exact[seen], "float32").max()), "rows": len(losses)}
+
+    def _losses(self, logits, target):
+        """One loss per row; row by row where the engine only has means; None where it has none."""
+        operation = self.engine.cross_entropy
+        regime = Regime("accuracy", "cross_entropy", logits.shape, reduction="none")
+        function = operation(regime, logits=logits, target=target)
+        if function is not None:
+            return np.asarray(self.engine.numpy(function())).astype(np.float32)
+        losses = []
+        for k in range(min(len(logits), ROWS_ONE_BY_ONE)):
+            row = Regime("accuracy", "cross_entropy", (1, logits.shape[1]))
+            function = operation(row, logits=logits[k : k + 1], target=target[k : k + 1])
+            if function is None:
+                return None
+            losses.append(float(np.asarray(self.engine.numpy(function()))))
+        return np.array(losses, np.float32)
 
 
 def serve(name, n_threads):

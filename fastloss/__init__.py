@@ -1,6 +1,7 @@
 """Classification losses on the CPU: PyTorch's losses for NumPy arrays, faster and with more digits."""
 
 from fastloss import metrics as metrics
+from fastloss import streaming as streaming
 from fastloss.functional import cross_entropy, kl_div, log_softmax, logsumexp, nll_loss, softmax
 from fastloss.modules import CrossEntropyLoss, KLDivLoss, LogSoftmax, NLLLoss, Softmax
 

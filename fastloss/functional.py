@@ -262,12 +262,7 @@ def kl_div(
     is_deprecated = size_average is not None or reduce is not None
     reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
     if reduction == "mean" and not is_deprecated:
-        warnings.warn(
-            "reduction='mean' divides by the number of elements, so it is not the Kullback-Leibler divergence: "
-            "reduction='batchmean' is",
-            UserWarning,
-            stacklevel=2,
-        )
+        _warn_of_mean(stacklevel=3)
     log_probabilities = _validation.as_real(input, "input")
     goal = _validation.as_real(target, "target")
     shape = _validation.broadcast_shape(log_probabilities, goal)
@@ -465,6 +460,15 @@ def _check(
     else:
         _validation.index_target(labels, logits, axis, probabilities=not is_nll)
     return logits, labels, axis, weights
+
+
+def _warn_of_mean(stacklevel: int) -> None:
+    warnings.warn(
+        "reduction='mean' divides by the number of elements, so it is not the Kullback-Leibler divergence: "
+        "reduction='batchmean' is",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _scalar(value: float, dtype: np.dtype[Any]) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastloss
-from fastloss import functional, modules
+from fastloss import functional, modules, streaming
 
 PUBLIC = sorted(fastloss.__all__)
 MODULE_NAMES = sorted(
@@ -126,7 +126,7 @@ class TestDocumentation:
         source = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")
         assert not source.strip() or ast.get_docstring(ast.parse(source))
 
-    @pytest.mark.parametrize("module", [fastloss, functional, modules], ids=lambda m: m.__name__)
+    @pytest.mark.parametrize("module", [fastloss, functional, modules, streaming], ids=lambda m: m.__name__)
     def test_examples_run(self, module):
         results = doctest.testmod(module)
         assert results.failed == 0

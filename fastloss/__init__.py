@@ -2,6 +2,7 @@
 
 from fastloss import metrics as metrics
 from fastloss import streaming as streaming
+from fastloss.files import score_file
 from fastloss.functional import cross_entropy, kl_div, log_softmax, logsumexp, nll_loss, softmax
 from fastloss.modules import CrossEntropyLoss, KLDivLoss, LogSoftmax, NLLLoss, Softmax
 
@@ -16,6 +17,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "nll_loss",
+    "score_file",
     "softmax",
 ]
 

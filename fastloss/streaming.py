@@ -247,20 +247,21 @@ class _TargetStream(_Stream):
             What the function gives for all rows together, to the last bit. Without any chunk that is the sum (0) or the
             mean (NaN) of no rows, in float64.
         """
+        return self._reduced(self.reduction)
+
+    def _reduced(self, reduction: str) -> Any:
         state = self._state
         dtype = np.dtype(state.common.get("dtype", "float64"))
         if state.common.get("target") == _PROBABILITIES:
             total = state.total()
-            return functional._scalar(
-                _reduction.divide(total, state.rows) if self.reduction == "mean" else total, dtype
-            )
+            return functional._scalar(_reduction.divide(total, state.rows) if reduction == "mean" else total, dtype)
         return functional._reduce_index_loss(
             state.total(0),
-            state.total(1) if state.sums else 0.0,
+            state.total(1),
             state.kept,
             self.weight is not None,
             self.label_smoothing,
-            self.reduction,
+            reduction,
             dtype,
             lambda: [functional._scalar(state.total(index), dtype) for index in (2, 3)],
         )

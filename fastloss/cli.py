@@ -196,8 +196,8 @@ A file is .npy, which is memory-mapped and read in chunks, or .npz, which is rea
 members FILE.npz:NAME takes one; members named logits, targets (or labels) and weight are found by themselves.
 
 Directories, and patterns (quoted), stand for shards: files that follow one another in the order of their names. Those
-of LOGITS and TARGETS are paired by name: in directories by the name without suffix, with patterns by what the wildcards
-stand for.
+of LOGITS and TARGETS are paired by name: patterns by what the wildcards stand for, directories by the name without
+suffix.
 
 With --resume the state of the run is saved every few seconds, at the end, and when something fails, and a run with the
 same files and options goes on from there, even after kill -9.

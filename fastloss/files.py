@@ -159,9 +159,13 @@ def _check_size(path: Path, archive: zipfile.ZipFile, member: str, max_memory: f
 # ----------------------------------------------------------------------------------------------------------- shards
 
 
-def _list_files(paths: Paths) -> tuple[dict[str, str], bool]:
-    """The files of a path, a directory, a pattern or a list, each under the name by which it is paired, in order; and
-    whether it is one file.
+def _is_directory(paths: Paths | None) -> bool:
+    return isinstance(paths, str | os.PathLike) and Path(split_member(os.fspath(paths))[0]).is_dir()
+
+
+def _list_files(paths: Paths, by_stem: bool) -> tuple[dict[str, str], bool]:
+    """The files of a path, a directory, a pattern or a list, each under the name by which it is paired; and whether it
+    is one file. The name is where it is in a list, what the wildcards of a pattern stand for, or if so wished the stem.
     """
     if not isinstance(paths, str | os.PathLike):
         return {str(i): os.fspath(path) for i, path in enumerate(paths)}, False
@@ -176,8 +180,8 @@ def _list_files(paths: Paths) -> tuple[dict[str, str], bool]:
     if not glob.has_magic(place) or Path(place).exists():
         return {"": name}, True
     matcher = re.compile(_with_groups(place), re.DOTALL)
-    matched = ((matcher.fullmatch(path), path) for path in _glob(place))
-    found = {"\0".join(match.groups()): path + suffix for match, path in matched if match}
+    matched = [(matcher.fullmatch(path), path) for path in _glob(place)]
+    found = {Path(p).stem if by_stem else "\0".join(m.groups()): p + suffix for m, p in matched if m}
     if not found:
         raise ScoreError(f"{name}: no file of that pattern")
     return found, False
@@ -202,7 +206,7 @@ def _with_groups(pattern: str) -> str:
 
 def _natural(key: str) -> list[str | int]:
     """What sorts names with numbers in them by these numbers: 9 before 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", key))]
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", key.replace("\0", "")))]
 
 
 class _Pair(NamedTuple):
@@ -219,10 +223,11 @@ class _Pair(NamedTuple):
 
 def _pair_files(logits: Paths, targets: Paths | None) -> list[_Pair]:
     """The shards, in the order of their names."""
-    inputs, is_one = _list_files(logits)
+    by_stem = _is_directory(logits) or _is_directory(targets)
+    inputs, is_one = _list_files(logits, by_stem)
     if targets is None:
         return [_Pair(inputs[key], None) for key in sorted(inputs, key=_natural)]
-    goals, is_one_goal = _list_files(targets)
+    goals, is_one_goal = _list_files(targets, by_stem)
     if is_one != is_one_goal:
         many, one = (targets, logits) if is_one else (logits, targets)
         raise ScoreError(f"{many}: several files, expected one, as {one} is, or two directories or patterns")
@@ -464,15 +469,20 @@ class _Saved:
         self._options = options
         self._pairs = pairs
 
-    def load(self) -> _Done:
-        """What was scored before, if that was the same."""
+    def load(self) -> tuple[_Done, _Done]:
+        """What was scored before, if that was the same (less the shard that was begun, if that has been mended since),
+        and what was before the shard that was begun.
+        """
         try:
             held = json.loads(Path(self.name).read_text(encoding="utf-8"))
             if held["format"] != _FORMAT:
                 raise ValueError(f"format {held['format']!r}")
             options, files, done = held["options"], held["files"], _Done.from_json(held["done"])
+            shard_begin = _Done.from_json(held["shard_begin"])
+            if len(files) != done.shards + bool(done.rows):
+                raise ValueError(f"{len(files)} files")
         except FileNotFoundError:
-            return _Done()
+            return _Done(), _Done()
         except OSError as error:
             raise ScoreError(f"{self.name}: {error.strerror or error}") from None
         except Exception as error:
@@ -480,15 +490,14 @@ class _Saved:
         for what, value in self._options.items():
             if options.get(what) != value:
                 self._refuse(f"{what} {options.get(what)}, where this one has {value}")
-        begun = done.shards + bool(done.rows)
         for i, before in enumerate(files):
             now = self._identity(i) if i < len(self._pairs) else None
+            if now is not None and i == done.shards and [name for name, *_ in now] == [name for name, *_ in before]:
+                return done if now == before else shard_begin, shard_begin
             if now != before:
                 names = " and ".join(dict.fromkeys(name for name, *_ in before))
                 self._refuse(f"{names}, where this one has other files, or which have changed")
-        if len(files) != begun:
-            raise ScoreError(f"{self.name}: not the state of a run, or damaged (files)")
-        return done
+        return done, shard_begin
 
     def _refuse(self, what: str) -> None:
         raise ScoreError(f"{self.name}: the state of a run with {what}; delete it to start anew")
@@ -502,9 +511,10 @@ class _Saved:
                 found.append([str(Path(name).resolve()), status.st_size, status.st_mtime_ns])
         return found
 
-    def save(self, done: _Done) -> None:
+    def save(self, done: _Done, shard_begin: _Done) -> None:
         files = [self._identity(i) for i in range(done.shards + bool(done.rows))]
-        held = {"format": _FORMAT, "options": self._options, "files": files, "done": done.to_json()}
+        held = {"format": _FORMAT, "options": self._options, "files": files}
+        held |= {"done": done.to_json(), "shard_begin": shard_begin.to_json()}
         path = Path(os.path.realpath(self.name))
         temporary = path.with_name(f".fastloss-{secrets.token_hex(8)}.tmp")
         try:
@@ -556,7 +566,7 @@ class _Run:
         self._details = details
         self._output = output
         self._saved = saved
-        self.done = _Done() if saved is None else saved.load()
+        self.done, self._shard_begin = (_Done(), _Done()) if saved is None else saved.load()
         stream._state = self.done.state
         self._last_save = time.monotonic()
         self._bytes = 0
@@ -599,6 +609,8 @@ class _Run:
         for index in range(self.done.shards, len(self._pairs)):
             pair = self._pairs[index]
             shard = self.open(pair)
+            if not self.done.rows:
+                self._shard_begin = self.done
             for where, n_rows in _cuts(shard.logits.shape, self.done.rows, self._chunk_rows(shard)):
                 with self._naming(pair):
                     self._score(pair, shard, where, n_rows)
@@ -623,14 +635,14 @@ class _Run:
         if self._output is not None:
             self._output.abandon()
         if self._saved is not None and self.done.state.rows:
-            self._saved.save(self.done)
+            self._saved.save(self.done, self._shard_begin)
 
     def _save(self, seconds: float) -> None:
         if self._saved is not None and time.monotonic() - self._last_save >= seconds:
             if self._output is not None:
                 with self._writing():
                     self._output.sync()
-            self._saved.save(self.done)
+            self._saved.save(self.done, self._shard_begin)
             self._last_save = time.monotonic()
 
     @contextlib.contextmanager
@@ -761,10 +773,10 @@ def _progress(run: _Run, is_wanted: bool) -> Iterator[Callable[[int, int, _Run],
             ) as bar:
 
                 def show(n_rows: int, n_bytes: int, run: _Run) -> None:
-                    if bar.update(n_rows):
-                        speed = n_bytes / max(bar.format_dict["elapsed"], 1e-9)
-                        loss = run._stream._reduced("mean")
-                        bar.set_postfix_str(f"{tqdm.format_sizeof(speed, 'B')}/s, loss {loss:.6g}")
+                    speed = n_bytes / max(bar.format_dict["elapsed"], 1e-9)
+                    loss = run._stream._reduced("mean")
+                    bar.set_postfix_str(f"{tqdm.format_sizeof(speed, 'B')}/s, loss {loss:.6g}", refresh=False)
+                    bar.update(n_rows)
 
                 yield show
             return

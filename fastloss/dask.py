@@ -273,7 +273,8 @@ def _as_dask(value: Any, name: str) -> Any:
     """A dask array, or anything that NumPy reads, in one block or cut by dask."""
     if isinstance(value, da.Array):
         return value
-    return da.from_array(_validation.as_array(value, name))
+    array = _validation.as_array(value, name)
+    return da.from_array(array, chunks=-1 if array.dtype.hasobject else "auto")
 
 
 def _like(array: Any, known: bool = True) -> Array:
@@ -451,7 +452,8 @@ def _rows_block(x: Any, t: Any, *starts: Array, stream: _Stream) -> Any:
 
 def _log_loss_block(*blocks: Any, stream: streaming.LogLoss) -> Array:
     proba, y, *weights = map(_whole, blocks)
-    return _boxed(_updated(stream, proba, y, *weights), 1)
+    with streaming._named(target="y_true", input="y_proba"):
+        return _boxed(_updated(stream, proba, y, *weights), 1)
 
 
 def _kl_block(x: Array, y: Array, log_target: bool) -> Array:

@@ -8,8 +8,7 @@ call in memory / time of the other way), so 1 is as fast and 0.8 takes a quarter
 * ``accumulator``: what the exact sum adds to the kernels: the same kernel run with and without it, per row, and as a
   share of the time with it. The bar is 5 %.
 * ``stream``: ``CrossEntropy`` fed chunks of some MiB.
-* ``file``: ``score_file`` of a memory-mapped file in the page cache, and with an output or details. The bar of the first
-  is 0.8.
+* ``file``: ``score_file`` of a memory-mapped file in the page cache (the bar is 0.8), and with an output or details.
 * ``dask``: the same array in blocks on the threaded scheduler, and its overhead per block.
 
 Exits with 1 if a value disagrees with that of one call; missed bars are printed.

@@ -44,6 +44,9 @@ SAVE_SECONDS = 5.0
 
 N_WORST = 5
 
+# How far a loss must be from -log(1/2) or -log(1/C) to tell whether the prediction is right: far beyond its error.
+_SLACK = 1e-3
+
 # What an array is called inside an .npz file.
 LOGITS_MEMBERS = ("logits", "log_probs", "input")
 TARGETS_MEMBERS = ("targets", "target", "labels")
@@ -548,6 +551,27 @@ def worst_first(losses: Array, count: int) -> Array:
     return candidates[np.lexsort((-values, ~np.isnan(values)))[:count]]
 
 
+class _Rows:
+    """The rows of a chunk of logits, in C order."""
+
+    def __init__(self, logits: Array) -> None:
+        self._logits = logits
+        self._shape = _validation.row_shape(logits.shape, 1)
+
+    def predicted(self, places: Array) -> Array:
+        """The class of the largest logit (the first of equal ones) of some rows, in pieces."""
+        n_rows, n_classes = math.prod(self._shape), self._logits.shape[1]
+        if 2 * places.size > n_rows:
+            return self._logits.argmax(axis=1).reshape(-1)[places]
+        classes_last = np.moveaxis(self._logits, 1, -1)
+        found = np.empty(places.size, np.intp)
+        step = max(1, _views.PIECE // n_classes)
+        for begin in range(0, places.size, step):
+            piece = np.unravel_index(places[begin : begin + step], self._shape)
+            found[begin : begin + step] = classes_last[piece].argmax(axis=-1)
+        return found
+
+
 class _Run:
     """One run over the shards."""
 
@@ -716,22 +740,34 @@ class _Run:
     def _look_closer(
         self, pair: _Pair, shard: _Shard, logits: Array, targets: Array, losses: Array, has_probabilities: bool
     ) -> tuple[int, tuple[ScoredRow, ...]]:
-        """How many predictions of a chunk are right, and the worst rows so far."""
-        predicted = logits.argmax(axis=1).reshape(-1)
+        """How many predictions of a chunk are right, and the worst rows so far.
+
+        Where the loss is -log p of the target, that tells most rows: the largest probability is that of a target with p
+        > 1/2, and not that of one with p < 1/C. The classes of the others are looked through.
+        """
+        rows = _Rows(logits)
         losses = losses.reshape(-1)
         labels = targets.argmax(axis=1).reshape(-1) if has_probabilities else targets.reshape(-1)
         kept = np.arange(losses.size)
         if not has_probabilities:
             kept = np.flatnonzero(labels != self._stream.ignore_index)
-        if kept.size < losses.size:
-            predicted, losses, labels = predicted[kept], losses[kept], labels[kept]
+        losses, labels = losses[kept], labels[kept]
+        stream = self._stream
+        if not (has_probabilities or stream._is_nll or stream.label_smoothing or stream.weight is not None):
+            is_right = losses < math.log(2) - _SLACK
+            unsure = np.flatnonzero(~(is_right | (losses > math.log(logits.shape[1]) + _SLACK)))
+            n_correct = int(np.count_nonzero(is_right))
+            n_correct += int(np.count_nonzero(rows.predicted(kept[unsure]) == labels[unsure]))
+        else:
+            n_correct = int(np.count_nonzero(rows.predicted(kept) == labels))
         worst = list(self.done.worst)
-        for i in worst_first(losses, N_WORST):
+        places = worst_first(losses, N_WORST)
+        for i, predicted in zip(places, rows.predicted(kept[places]), strict=True):
             position = np.unravel_index(self.done.rows + int(kept[i]), shard.row_shape)
             at = tuple(map(int, position))
-            worst.append(ScoredRow(pair.logits, at, int(labels[i]), int(predicted[i]), float(losses[i])))
+            worst.append(ScoredRow(pair.logits, at, int(labels[i]), int(predicted), float(losses[i])))
         worst.sort(key=lambda row: row.badness)
-        return int(np.count_nonzero(predicted == labels)), tuple(worst[:N_WORST])
+        return n_correct, tuple(worst[:N_WORST])
 
     def scores(self) -> FileScores:
         """What has been scored."""

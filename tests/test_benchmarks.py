@@ -113,3 +113,14 @@ def test_log_loss_takes_a_tenth_of_the_memory_of_scikit_learn(rows, classes):
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             peaks[engine] = float(done.stdout)
         assert peaks["fastloss"] < peaks["sklearn"] / 10
+
+
+def test_streams_files_and_dask_agree_with_one_call(tmp_path):
+    path = tmp_path / "streaming.json"
+    sections = ["accumulator", "stream", "file", *(["dask"] if importlib.util.find_spec("dask") else [])]
+    command = [sys.executable, str(TOOLS / "streaming.py"), "--tiny", "--rounds", "1", "--json", str(path)]
+    done = subprocess.run([*command, "--only", *sections], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(path.read_text())
+    assert list(dict.fromkeys(result["section"] for result in results)) == sections
+    assert all(result["agrees"] for result in results)

@@ -1,5 +1,6 @@
 """The losses over dask arrays: the bits of one call, lazily, on threads and on worker processes, one of which dies."""
 
+import doctest
 import os
 import signal
 import subprocess
@@ -186,6 +187,12 @@ class TestErrors:
         lazy = fastloss.dask.log_loss(da.full(4, 7), da.full((4, 2), 0.5))
         with pytest.raises(ValueError, match=r"y_true contains values \{7\}"):
             lazy.compute()
+
+
+def test_examples_run():
+    results = doctest.testmod(fastloss.dask)
+    assert results.failed == 0
+    assert results.attempted > 0
 
 
 def test_dask_is_imported_by_its_users_alone():

@@ -5,7 +5,11 @@ before the caller, into which LLVM has inlined it, is compiled. For the helpers 
 :func:`inline` and :func:`subroutine` leave it out, which halves the time of a first call.
 """
 
+import itertools
+import os
+
 from numba import config, njit
+from numba.core.bytecode import FunctionIdentity
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.lowering import Lower
@@ -18,6 +22,12 @@ __all__ = ["Kernel", "allocating", "inline", "subroutine"]
 # Division by zero follows IEEE arithmetic instead of raising. No fast-math flag, here or anywhere: the order and the
 # rounding of every operation are those of the source.
 _OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
+
+# Numba tells functions of one name and signature, as the closures of the kernels are, apart by a number that counts the
+# functions of the process, and the linker resolves a name to the first function loaded under it. So where two kernels
+# are loaded that two processes have compiled and kept, one could call a function of the other's. A random beginning
+# keeps the numbers of all processes apart.
+FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(7), "little"))
 
 
 class _HelperLower(Lower):

@@ -562,7 +562,8 @@ class _Rows:
         """The class of the largest logit (the first of equal ones) of some rows, in pieces."""
         n_rows, n_classes = math.prod(self._shape), self._logits.shape[1]
         if 2 * places.size > n_rows:
-            return self._logits.argmax(axis=1).reshape(-1)[places]
+            everywhere: Array = self._logits.argmax(axis=1).reshape(-1)
+            return everywhere[places]
         classes_last = np.moveaxis(self._logits, 1, -1)
         found = np.empty(places.size, np.intp)
         step = max(1, _views.PIECE // n_classes)

@@ -152,7 +152,6 @@ def add_block(state, values, n):
         return
     for i in range(n):
         _add_float(state, np.float64(values[i]))
-    _carry(state)  # (here each number counts as one of the additions that a digit has room for)
 
 
 @subroutine

@@ -51,7 +51,8 @@ _SLACK = 1e-3
 LOGITS_MEMBERS = ("logits", "log_probs", "input")
 TARGETS_MEMBERS = ("targets", "target", "labels")
 WEIGHT_MEMBERS = ("weight", "weights")
-_SUFFIXES = (".npy", ".npz")
+_SUFFIXES = (".npy", ".npz", ".parquet", ".arrow", ".feather")
+_MEMBER = re.compile(r"(.*\.(?:npz|parquet|arrow|feather)):(.*)", re.DOTALL)
 _NO_TARGETS = "holds one array; expected TARGETS too, or one .npz file with logits and targets"
 
 _FORMAT = "fastloss score, state 1"
@@ -75,9 +76,9 @@ class ScoreError(ValueError):
 
 
 def split_member(name: str) -> tuple[str, str | None]:
-    """``FILE.npz:MEMBER`` as the file and the member."""
-    head, separator, member = name.rpartition(".npz:")
-    return (head + ".npz", member) if separator else (name, None)
+    """``FILE.npz:MEMBER``, or ``FILE.parquet:COLUMN``, as the file and the member."""
+    match = _MEMBER.fullmatch(name)
+    return match.groups() if match else (name, None)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
@@ -119,6 +120,8 @@ def read_array(name: str, members: Sequence[str], beside_logits: bool = False, m
                     chosen = _choose_member(path, archive.files, member, members, beside_logits)
                     _check_size(path, archive.zip, chosen, max_memory)
                     array = archive[chosen]
+            elif magic.startswith((b"ARROW1", b"PAR1")):
+                array = _read_column(path, magic.startswith(b"PAR1"), member, members, beside_logits, max_memory)
             else:
                 raise ScoreError(f"{path}: neither a .npy nor a .npz file")
     if not isinstance(array, np.ndarray):
@@ -149,14 +152,56 @@ def _choose_member(
     raise ScoreError(f"{path}: holds {listed}; say which one are the {members[0]}, as {path}:NAME")
 
 
+def _read_column(
+    path: Path, is_parquet: bool, member: str | None, members: Sequence[str], beside_logits: bool, max_memory: float
+) -> Array:
+    """A column of a Parquet or Arrow file: of numbers, or of lists of one length, which are the rows of a matrix."""
+    try:
+        arrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ScoreError(f"{path}: Parquet and Arrow files are read by pyarrow, which is not installed") from None
+    source = parquet.ParquetFile(path) if is_parquet else arrow.ipc.open_file(arrow.memory_map(str(path)))
+    schema = source.schema_arrow if is_parquet else source.schema
+    chosen = _choose_member(path, schema.names, member, members, beside_logits)
+    if is_parquet:
+        groups = [source.metadata.row_group(i) for i in range(source.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == chosen]
+        _check_memory(path, chosen, sum(sizes), max_memory)
+        column = source.read(columns=[chosen]).column(0)
+    else:
+        column = source.read_all().column(chosen)
+        _check_memory(path, chosen, column.nbytes, max_memory)
+    column = column.combine_chunks()
+    n_rows = len(column)
+    values = column
+    while arrow.types.is_nested(values.type):
+        if values.null_count:
+            break
+        values = values.flatten()
+    if values.null_count:
+        raise ScoreError(f"{path}: {chosen} has missing values")
+    array: Array = values.to_numpy(zero_copy_only=False)
+    if values is column:
+        return array
+    if arrow.compute.count_distinct(arrow.compute.list_value_length(column)).as_py() > 1:
+        raise ScoreError(f"{path}: {chosen} has lists of several lengths, expected one length")
+    return array.reshape(n_rows, -1)
+
+
+def _check_memory(path: Path, member: str, size: int, max_memory: float) -> None:
+    if size > max_memory:
+        raise ScoreError(
+            f"{path}: {member} takes {size} bytes of memory, into which this kind of file is read whole, more than the "
+            f"{max_memory} allowed; save it as .npy, or in shards"
+        )
+
+
 def _check_size(path: Path, archive: zipfile.ZipFile, member: str, max_memory: float) -> None:
     names = archive.namelist()
     size = archive.getinfo(f"{member}.npy" if f"{member}.npy" in names else member).file_size
-    if size > max_memory:
-        raise ScoreError(
-            f"{path}: {member} takes {size} bytes of memory, in which .npz files are read whole, more than the "
-            f"{max_memory} allowed; save it as .npy"
-        )
+    _check_memory(path, member, size, max_memory)
 
 
 # ----------------------------------------------------------------------------------------------------------- shards
@@ -178,7 +223,7 @@ def _list_files(paths: Paths, by_stem: bool) -> tuple[dict[str, str], bool]:
     if Path(place).is_dir():
         found = {p.stem: str(p) for p in Path(place).iterdir() if p.suffix in _SUFFIXES}
         if not found:
-            raise ScoreError(f"{name}: a directory without .npy or .npz files")
+            raise ScoreError(f"{name}: a directory without files to score")
         return found, False
     if not glob.has_magic(place) or Path(place).exists():
         return {"": name}, True
@@ -841,7 +886,8 @@ def score_file(
     ----------
     logits : path, or sequence of paths
         A ``.npy`` file, which is memory-mapped and read in chunks; a member of an ``.npz`` file (``FILE.npz:NAME``, or
-        the one called logits), which is read into memory; or many of them, *shards* that follow one another in the
+        the one called logits) or, with `pyarrow`, a column of lists of a Parquet or Arrow file
+        (``FILE.parquet:NAME``), which are read into memory; or many of them, *shards* that follow one another in the
         order of their names: a directory, a pattern such as ``"logits-*.npy"``, or a list. Each holds an array of shape
         ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``.
     targets : path, or sequence of paths, optional

@@ -528,7 +528,7 @@ def test_files_that_are_none(files, refused):
     assert refused("pipe", "targets.npy") == "pipe: not a regular file"
     assert refused(".", "targets.npy").startswith(".: several files, expected one, as targets.npy is")
     Path("none").mkdir()
-    assert refused("none", "none") == "none: a directory without .npy or .npz files"
+    assert refused("none", "none") == "none: a directory without files to score"
     assert refused("logits.npy/x", "targets.npy") == "logits.npy/x: Not a directory"
     assert refused("missing.npz:logits", "targets.npy") == "missing.npz: No such file or directory"
     assert refused("logits.npy", "targets.npy", "--weight", "none.npy") == "none.npy: No such file or directory"

@@ -91,6 +91,44 @@ class TestShards:
         with pytest.raises(ScoreError, match=r"both/0.npz: logits takes \d+ bytes .* more than the 1000 allowed"):
             fastloss.score_file("both", max_memory=1000)
 
+    def test_the_columns_of_parquet_and_arrow_files(self, shards):
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        logits, targets = shards
+        for place in ("p", "a"):
+            Path(place).mkdir()
+        for i, rows in enumerate(np.split(np.arange(200), 4)):
+            matrix = arrow.FixedSizeListArray.from_arrays(logits[rows].reshape(-1), 7)
+            table = arrow.table({"id": rows, "logits": matrix, "labels": targets[rows]})
+            parquet.write_table(table, f"p/{i}.parquet", row_group_size=30)
+            with arrow.OSFile(f"a/{i}.arrow", "wb") as sink, arrow.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=30)
+            lists = arrow.table({"logits": matrix.cast(arrow.list_(arrow.float32()))})
+            parquet.write_table(lists, f"p/lists-{i}.parquet")
+        expected = fastloss.cross_entropy(logits, targets)
+        same(fastloss.score_file("p/?.parquet").loss, expected)
+        same(fastloss.score_file("a").loss, expected)
+        same(fastloss.score_file("p/?.parquet:logits", "a/?.arrow:labels").loss, expected)
+        same(fastloss.score_file("p/lists-?.parquet", "a/?.arrow:labels").loss, expected)
+        for name in ("p/0.parquet", "a/0.arrow"):
+            with pytest.raises(ScoreError, match=rf"{name}: logits takes \d+ bytes of memory"):
+                fastloss.score_file(name, max_memory=1000)
+        ragged = arrow.table({"logits": arrow.array([[1.0, 2.0], [3.0]]), "labels": arrow.array([0, None])})
+        parquet.write_table(ragged, "ragged.parquet")
+        with pytest.raises(ScoreError, match=r"ragged.parquet: logits has lists of several lengths"):
+            fastloss.score_file("ragged.parquet")
+        with pytest.raises(ScoreError, match=r"ragged.parquet: labels has missing values"):
+            fastloss.score_file("ragged.parquet:labels", "x/part-1.npy")
+        truncate("p/0.parquet")
+        with pytest.raises(ScoreError, match=r"p/0.parquet: cannot be read, truncated or damaged"):
+            fastloss.score_file("p/0.parquet")
+
+    def test_parquet_without_pyarrow(self, shards, monkeypatch):
+        Path("x.parquet").write_bytes(b"PAR1" * 9)
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(ScoreError, match=r"x.parquet: Parquet and Arrow files are read by pyarrow"):
+            fastloss.score_file("x.parquet")
+
     @pytest.mark.parametrize("chunk", [1, 100, 1000, 1 << 20])
     @pytest.mark.parametrize("shape", [(5, 7, 6, 4, 2), (3, 7, 40), (2, 7, 0), (0, 7), (7,)])
     def test_chunks_of_any_shape(self, tmp_path, rng, monkeypatch, shape, chunk):

@@ -192,9 +192,9 @@ def _places(labels: Array, classes: Array) -> Array:
     return np.where(classes[places] == labels, places, -1).astype(np.int32)
 
 
-def as_classes(labels: Any, must_be_sorted: bool) -> Array:
-    """The classes that the argument ``labels`` lists; unsorted ones are sorted, with a warning (at the line that called
-    the public function, which calls :func:`as_target`).
+def as_classes(labels: Any, must_be_sorted: bool, stacklevel: int = 4) -> Array:
+    """The classes that the argument ``labels`` lists; unsorted ones are sorted, with a warning (by default at the line
+    that called the public function that calls :func:`as_target`).
     """
     array = as_labels(labels, "labels")
     if array.ndim != 1:
@@ -214,7 +214,7 @@ def as_classes(labels: Any, must_be_sorted: bool) -> Array:
             f"Pass the ordered labels={classes.tolist()} and ensure that the columns of y_prob correspond to this "
             "ordering.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return classes
 

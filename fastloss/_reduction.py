@@ -1,5 +1,6 @@
 """none, mean, sum and batchmean: which one is meant, and what a mean divides by."""
 
+import math
 import warnings
 from typing import Any
 
@@ -9,6 +10,9 @@ from fastloss._validation import Array, check_reduction
 
 REDUCTIONS = ("none", "mean", "sum")
 KL_REDUCTIONS = ("none", "batchmean", "mean", "sum")
+# Of streams, which keep no rows.
+STREAM_REDUCTIONS = ("mean", "sum")
+KL_STREAM_REDUCTIONS = ("batchmean", "mean", "sum")
 
 
 def resolve(
@@ -40,20 +44,68 @@ def divide(total: float, denominator: float) -> float:
 
 
 class ExactSum:
-    """The sum of floating-point numbers, rounded once, whatever the pieces in which they come.
+    """The sum of floating-point numbers, rounded once, whatever the pieces in which they come and are joined.
 
-    It is the sum that the losses' own reductions take; see :mod:`fastloss._kernels.sums`.
+    An integer, in units of 2**LOWEST_BIT of :mod:`fastloss._kernels.sums`, holds the finite numbers (Python's integers
+    have no bounds); a float holds the IEEE sum of the others.
     """
 
-    def __init__(self) -> None:
-        self._state: Array | None = None
-        self.total = 0.0
+    __slots__ = ("_integer", "_special")
 
-    def add(self, values: Array) -> None:
-        """Add an array of float32 or float64."""
+    def __init__(self, integer: int = 0, special: float = 0.0) -> None:
+        self._integer = 0 if special else integer
+        self._special = special
+
+    def __add__(self, other: "ExactSum") -> "ExactSum":
+        return ExactSum(self._integer + other._integer, self._special + other._special)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ExactSum) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+    def __repr__(self) -> str:
+        return f"ExactSum({self._integer:#x}, {self._special})"
+
+    def to_json(self) -> list[str]:
+        return [f"{self._integer:x}", str(self._special)]
+
+    @classmethod
+    def from_json(cls, pair: list[str]) -> "ExactSum":
+        integer, special = pair
+        return cls(int(integer, 16), float(special))
+
+    @classmethod
+    def of_state(cls, state: Array) -> "ExactSum":
+        """The sum that a kernel has rounded, and so left with its digits carried."""
         from fastloss._kernels import sums
 
-        if self._state is None:
-            self._state = np.zeros(sums.STATE_SIZE, np.int64)
-        if values.size:
-            self.total = sums.add_values.serial(1, self._state, np.array(values).reshape(-1))
+        if state[sums.N_LIMBS :].any():
+            kinds = (sums.NANS, math.nan), (sums.INFINITIES, math.inf), (sums.MINUS_INFINITIES, -math.inf)
+            return cls(special=sum(value for place, value in kinds if state[place]))
+        last = sums.N_LIMBS - 1
+        return cls(int.from_bytes(state[:last].astype("<u4").tobytes(), "little") + (int(state[last]) << 32 * last))
+
+    @classmethod
+    def of(cls, values: Array) -> "ExactSum":
+        """The sum of an array of float32 or float64."""
+        if not values.size:
+            return cls()
+        from fastloss._kernels import sums
+
+        state = np.zeros(sums.STATE_SIZE, np.int64)
+        sums.add_values.serial(1, state, np.array(values).reshape(-1))
+        return cls.of_state(state)
+
+    @property
+    def total(self) -> float:
+        """The sum as the nearest float64, ties to even (so that it is what a kernel would have rounded it to)."""
+        if self._special or not self._integer:
+            return self._special
+        from fastloss._kernels import sums
+
+        try:
+            return self._integer / (1 << -sums.LOWEST_BIT)  # Python divides integers with one rounding
+        except OverflowError:
+            return math.inf if self._integer > 0 else -math.inf

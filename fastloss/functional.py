@@ -8,6 +8,7 @@ the first result is asked for: ``import fastloss`` alone does not import Numba.
 import functools
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -125,14 +126,9 @@ def cross_entropy(
     reduction = _reduction.resolve(reduction, size_average, reduce)
     ignore_index = _validation.check_ignore_index(ignore_index)
     label_smoothing = _validation.check_label_smoothing(label_smoothing)
-    logits = _validation.as_real(input, "input")
-    axis = _validation.class_axis(logits)
-    labels = _validation.as_real(target, "target")
-    weights = _validation.class_weight(weight, logits.shape[axis])
+    logits, labels, axis, weights = _check(input, target, weight, ignore_index, is_nll=False)
     if labels.shape == logits.shape:
-        _validation.probability_target(labels, ignore_index)
         return _probability_loss(logits, labels, axis, weights, reduction, label_smoothing)
-    _validation.index_target(labels, logits, axis)
     return _index_loss(logits, labels, axis, weights, ignore_index, reduction, label_smoothing, is_nll=False)
 
 
@@ -200,11 +196,7 @@ def nll_loss(
     """
     reduction = _reduction.resolve(reduction, size_average, reduce)
     ignore_index = _validation.check_ignore_index(ignore_index)
-    log_probabilities = _validation.as_real(input, "input")
-    axis = _validation.class_axis(log_probabilities)
-    labels = _validation.as_real(target, "target")
-    weights = _validation.class_weight(weight, log_probabilities.shape[axis])
-    _validation.index_target(labels, log_probabilities, axis, probabilities=False)
+    log_probabilities, labels, axis, weights = _check(input, target, weight, ignore_index, is_nll=True)
     return _index_loss(log_probabilities, labels, axis, weights, ignore_index, reduction, 0.0, is_nll=True)
 
 
@@ -280,9 +272,11 @@ def kl_div(
     goal = _validation.as_real(target, "target")
     shape = _validation.broadcast_shape(log_probabilities, goal)
     dtype = _views.compute_dtype(log_probabilities.dtype, goal.dtype)
-    total, values = _kl_pointwise(log_probabilities, goal, shape, dtype, bool(log_target), reduction == "none")
-    if values is not None:
-        return values[()]
+    out = np.empty(shape, dtype) if reduction == "none" else None
+    ledger = None if out is not None else _late_runtime().new_ledger()
+    total = _add_kl(ledger, log_probabilities, goal, shape, dtype, bool(log_target), out)
+    if out is not None:
+        return out[()]
     if reduction == "mean":
         total = _reduction.divide(total, math.prod(shape))
     elif reduction == "batchmean" and log_probabilities.ndim:
@@ -453,6 +447,33 @@ def logsumexp(
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
+#
+# _add_index_loss, _add_probability_loss and _add_kl add losses to a ledger (None: no sum is wanted) and write them to
+# `out` (None: no rows are wanted); they return the sums in the ledger. fastloss.streaming calls them chunk by chunk.
+
+
+def _check(
+    input: npt.ArrayLike, target: npt.ArrayLike, weight: npt.ArrayLike | None, ignore_index: int, is_nll: bool
+) -> tuple[Array, Array, int, Array | None]:
+    """Logits, targets (probabilities, if they have the shape of the logits), the class axis and the weights."""
+    logits = _validation.as_real(input, "input")
+    axis = _validation.class_axis(logits)
+    labels = _validation.as_real(target, "target")
+    weights = _validation.class_weight(weight, logits.shape[axis])
+    if labels.shape == logits.shape and not is_nll:
+        _validation.probability_target(labels, ignore_index)
+    else:
+        _validation.index_target(labels, logits, axis, probabilities=not is_nll)
+    return logits, labels, axis, weights
+
+
+def _warn_of_mean(stacklevel: int) -> None:
+    warnings.warn(
+        "reduction='mean' divides by the number of elements, so it is not the Kullback-Leibler divergence: "
+        "reduction='batchmean' is",
+        UserWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _scalar(value: float, dtype: np.dtype[Any]) -> Any:
@@ -485,7 +506,9 @@ def _padded_weights(weights: Array | None, n_classes: int, dtype: np.dtype[Any])
     return padded
 
 
-def _index_options(dtype: np.dtype[Any], ignore_index: int, weighted: bool, wants_rows: bool) -> _views.Options:
+def _index_options(
+    dtype: np.dtype[Any], ignore_index: int, weighted: bool, wants_rows: bool, wants_sum: bool
+) -> _views.Options:
     """The options of a kernel with index targets of this dtype."""
     from fastloss._kernels.tiles import TARGET_KINDS
 
@@ -496,7 +519,7 @@ def _index_options(dtype: np.dtype[Any], ignore_index: int, weighted: bool, want
     has_ignore = low <= ignore_index <= high
     bits = (ignore_index + 2**63) % 2**64 - 2**63 if has_ignore else 0
     kind = TARGET_KINDS.index(f"{'u' if integer.kind == 'u' else ''}int{8 * integer.itemsize}")
-    return _views.Options(kind, has_ignore, bits, weighted, wants_rows, not wants_rows)
+    return _views.Options(kind, has_ignore, bits, weighted, wants_rows, wants_sum)
 
 
 def _is_in_rows(n_rows: int, n_classes: int, is_contiguous: bool) -> bool:
@@ -514,6 +537,7 @@ def _index_plan(
     weighted: bool,
     smoothed: bool,
     is_nll: bool,
+    wants_sum: bool,
 ) -> tuple[Any, int, Array]:
     """The kernel for arrays that lie as told, what its work amounts to (in elements), and its geometry."""
     from fastloss._kernels import gather, losses
@@ -529,7 +553,7 @@ def _index_plan(
     else:
         kernel = losses.cross_entropy_rows if in_rows else losses.cross_entropy_planes
     tile = _views.tile_rows(n_rows, n_classes, in_rows and not is_nll)
-    options = _index_options(target_dtype, ignore_index, weighted, result is not None)
+    options = _index_options(target_dtype, ignore_index, weighted, result is not None, wants_sum)
     table = _views.geometry(rows, n_classes, tile, ((logits, axis), (target, None), (result, None)), options)
     return kernel, (_GATHER_COST if is_nll else n_classes) * n_rows, table
 
@@ -545,14 +569,38 @@ def _index_loss(
     is_nll: bool,
 ) -> Any:
     """Cross-entropy or negative log-likelihood with class indices."""
+    dtype = _views.compute_dtype(logits.dtype)
+    out = np.empty(target.shape, dtype) if reduction == "none" else None
+    ledger = None if out is not None else _late_runtime().new_ledger()
+    sums = _add_index_loss(ledger, logits, target, axis, weights, ignore_index, label_smoothing, is_nll, out)
+    if out is not None:
+        return out[()]
+
+    def ends() -> list[Any]:
+        return [_index_loss(logits, target, axis, weights, ignore_index, "sum", eps, is_nll) for eps in (0.0, 1.0)]
+
+    return _reduce_index_loss(*sums, weights is not None, label_smoothing, reduction, dtype, ends)
+
+
+def _add_index_loss(
+    ledger: Array | None,
+    logits: Array,
+    target: Array,
+    axis: int,
+    weights: Array | None,
+    ignore_index: int,
+    label_smoothing: float,
+    is_nll: bool,
+    out: Array | None,
+) -> tuple[float, float, int]:
+    """The sums of the losses and of the weights of the targets kept, and how many those are."""
     n_classes = logits.shape[axis]
     dtype = _views.compute_dtype(logits.dtype)
-    weighted, wants_rows = weights is not None, reduction == "none"
-    out = np.empty(target.shape, dtype) if wants_rows else None
+    weighted, wants_sum = weights is not None, ledger is not None
     total, weight_sum, kept = 0.0, 0.0, 0
     if target.size:
         runtime = _late_runtime()
-        ledger = runtime.new_ledger()
+        ledger = runtime.new_ledger() if ledger is None else ledger
         weight = _padded_weights(weights, n_classes if weighted or label_smoothing else 0, dtype)
         keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
         inputs = ((logits, axis, False), (target, None, True))
@@ -561,49 +609,82 @@ def _index_loss(
             flat_labels, labels_layout = _views.flatten(labels, is_index=True)
             flat_out, out_layout = (_views.one(dtype), None) if result is None else _views.flatten(result)
             kernel, n_elements, table = _index_plan(
-                x_layout, labels_layout, out_layout, axis, ignore_index, weighted, label_smoothing > 0, is_nll
+                x_layout,
+                labels_layout,
+                out_layout,
+                axis,
+                ignore_index,
+                weighted,
+                label_smoothing > 0,
+                is_nll,
+                wants_sum,
             )
             total, weight_sum, kept, bad = runtime.run_tiles(
                 kernel, n_elements, ledger, flat, flat_labels, weight, flat_out, table, keep, spread
             )
             if bad:
                 _validation.target_out_of_range(target, n_classes, ignore_index)
-    if out is not None:
-        return out[()]
+    return total, weight_sum, kept
+
+
+def _reduce_index_loss(
+    total: float,
+    weight_sum: float,
+    kept: int,
+    weighted: bool,
+    label_smoothing: float,
+    reduction: str,
+    dtype: np.dtype[Any],
+    ends: Callable[[], Sequence[Any]],
+) -> Any:
+    """The sum or the mean; ``ends`` are the sums for a label smoothing of 0 and of 1."""
     if reduction == "mean":
         denominator = weight_sum if weighted else float(kept)
         if label_smoothing and kept and denominator == 0:
-            return _smoothed_mean_of_no_weight(logits, target, axis, weights, ignore_index, label_smoothing)
-        total = _reduction.divide(total, denominator)
+            # Kept weights that sum to 0: PyTorch divides the two terms of the loss one by one.
+            plain, uniform = (_reduction.divide(float(end), 0.0) for end in ends())
+            total = (1.0 - label_smoothing) * plain + label_smoothing * uniform
+        else:
+            total = _reduction.divide(total, denominator)
     return _scalar(total, dtype)
-
-
-def _smoothed_mean_of_no_weight(
-    logits: Array, target: Array, axis: int, weights: Array | None, ignore_index: int, label_smoothing: float
-) -> Any:
-    """The smoothed mean where the kept weights sum to 0: PyTorch divides its two terms one by one."""
-    ends = [_index_loss(logits, target, axis, weights, ignore_index, "sum", eps, is_nll=False) for eps in (0.0, 1.0)]
-    plain, uniform = (_reduction.divide(float(end), 0.0) for end in ends)
-    return _scalar((1.0 - label_smoothing) * plain + label_smoothing * uniform, _views.compute_dtype(logits.dtype))
 
 
 def _probability_loss(
     logits: Array, target: Array, axis: int, weights: Array | None, reduction: str, label_smoothing: float
 ) -> Any:
     """Cross-entropy with class probabilities."""
+    shape = _validation.row_shape(logits.shape, axis)
+    dtype = _views.compute_dtype(logits.dtype, target.dtype)
+    out = np.empty(shape, dtype) if reduction == "none" else None
+    ledger = None if out is not None else _late_runtime().new_ledger()
+    total = _add_probability_loss(ledger, logits, target, axis, weights, label_smoothing, out)
+    if out is not None:
+        return out[()]
+    if reduction == "mean":
+        total = _reduction.divide(total, math.prod(shape))
+    return _scalar(total, dtype)
+
+
+def _add_probability_loss(
+    ledger: Array | None,
+    logits: Array,
+    target: Array,
+    axis: int,
+    weights: Array | None,
+    label_smoothing: float,
+    out: Array | None,
+) -> float:
+    """The sum of the losses."""
     from fastloss._kernels import losses
 
     runtime = _late_runtime()
     n_classes = logits.shape[axis]
-    shape = _validation.row_shape(logits.shape, axis)
     dtype = _views.compute_dtype(logits.dtype, target.dtype)
-    wants_rows = reduction == "none"
-    out = np.empty(shape, dtype) if wants_rows else None
     total = 0.0
     if logits.size:
         weight = _padded_weights(weights, n_classes, dtype)
-        ledger = runtime.new_ledger()
-        options = _views.Options(wants_rows=wants_rows, wants_sum=not wants_rows)
+        options = _views.Options(wants_rows=out is not None, wants_sum=ledger is not None)
+        ledger = runtime.new_ledger() if ledger is None else ledger
         keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
         for x, y, result in _views.readable_pieces(((logits, axis, False), (target, axis, False)), (out, None), dtype):
             rows = _validation.row_shape(x.shape, axis)
@@ -616,36 +697,32 @@ def _probability_loss(
             total, _, _, _ = runtime.run_tiles(
                 kernel, x.size, ledger, flat, flat_y, weight, flat_out, table, keep, spread
             )
-    if out is not None:
-        return out[()]
-    if reduction == "mean":
-        total = _reduction.divide(total, math.prod(shape))
-    return _scalar(total, dtype)
+    return total
 
 
-def _kl_pointwise(
+def _add_kl(
+    ledger: Array | None,
     log_probabilities: Array,
     target: Array,
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
     log_target: bool,
-    wants_rows: bool,
-) -> tuple[float, Array | None]:
-    """The sum of the pointwise divergence, or (else 0 and None) the pointwise divergence."""
+    out: Array | None,
+) -> float:
+    """The sum of the pointwise divergence."""
     from fastloss._kernels import pointwise
 
     runtime = _late_runtime()
-    out = np.empty(shape, dtype) if wants_rows else None
     total = 0.0
     if math.prod(shape):
-        ledger = runtime.new_ledger()
-        options = _views.Options(wants_rows=wants_rows, wants_sum=not wants_rows, is_log=log_target)
+        options = _views.Options(wants_rows=out is not None, wants_sum=ledger is not None, is_log=log_target)
+        ledger = runtime.new_ledger() if ledger is None else ledger
         inputs = tuple((np.broadcast_to(a, shape), None, False) for a in (log_probabilities, target))
         for x, y, result in _views.readable_pieces(inputs, (out, None), dtype):
             arrays = ((x, None), (y, None), (result, None))
             (flat, flat_y, flat_out), table = _views.lay_out(x.shape, 1, _views.ELEMENT_TILE, arrays, dtype, options)
             total, _, _, _ = runtime.run_tiles(pointwise.kl, x.size, ledger, flat, flat_y, flat_out, flat_out, table)
-    return total, out
+    return total
 
 
 def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

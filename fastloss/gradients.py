@@ -193,7 +193,9 @@ def _kl_div(
         gradient = np.empty_like(x, dtype, subok=False)
         total, values = _kl_pointwise(x, y, gradient, upstream, bool(log_target), reduction == "none")
     else:
-        total, values = functional._kl_pointwise(x, y, shape, dtype, bool(log_target), reduction == "none")
+        values = np.empty(shape, dtype) if reduction == "none" else None
+        ledger = None if values is not None else functional._late_runtime().new_ledger()
+        total = functional._add_kl(ledger, x, y, shape, dtype, bool(log_target), values)
         gradient = _kl_broadcast(x, y, shape, dtype, np.broadcast_to(upstream, shape), bool(log_target))
     if values is not None:
         return values[()], gradient
@@ -298,7 +300,7 @@ def _index_loss(
     wants_rows = reduction == "none"
     weighted = weights is not None
     upstream = _validation.grad_output(grad_output, target.shape if wants_rows else (), dtype)
-    options = functional._index_options(target.dtype, ignore_index, weighted, wants_rows)
+    options = functional._index_options(target.dtype, ignore_index, weighted, wants_rows, not wants_rows)
     weight = functional._padded_weights(weights, n_classes if weighted or label_smoothing else 0, dtype)
     denominator = 1.0
     if reduction == "mean":

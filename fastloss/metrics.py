@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastloss import _labels, _reduction, _validation, _views, functional
+from fastloss import _labels, _validation, _views, functional
 from fastloss._labels import ParameterError, Target
 from fastloss._validation import Array
 
@@ -121,12 +121,8 @@ def log_loss(
     proba = _as_scores(y_proba, "y_proba")
     y, weights = _check_rows(y_true, proba, sample_weight)
     target = _labels.as_target(y, labels, _n_classes(proba), "y_prob")
-    dtype = _probability_dtype(y_proba)
-    if proba.shape[1] == 1 and (dtype.char == "e" or target.indicator is not None):
-        _check_probabilities(proba, not ((proba >= 0) & (proba <= 1)).all())
-        proba = proba.astype(dtype)
-        proba = np.concatenate([1 - proba, proba], axis=1)  # (float16's complements are rounded to float16)
-    return _log_loss(proba, dtype, target, weights, normalize)
+    total, weight_sum = _add_log_loss(_new_totals(), proba, _probability_dtype(y_proba), target, weights)
+    return _average(total, weight_sum, len(proba), weights.size > 0, normalize)
 
 
 def log_loss_from_logits(
@@ -246,28 +242,10 @@ def perplexity(
     >>> print(perplexity([0, 1, -100], [[1.0, 1.0], [2.0, 2.0], [3.0, 4.0]]))
     2.0
     """
-    scores = _validation.as_real(logits, "logits")
-    axis = _validation.class_axis(scores, "logits")
-    y = _validation.as_real(y_true, "y_true")
-    expected = _validation.row_shape(scores.shape, axis)
-    if y.shape != expected:
-        raise ValueError(f"y_true: got shape {y.shape} for logits of shape {scores.shape}, expected {expected}")
-    if not _validation.is_integer(y.dtype):
-        raise TypeError(f"y_true: got dtype {y.dtype}, expected class indices of an integer dtype or bool")
-    weights = _as_weights(sample_weight, y.shape).reshape(-1)
-    try:
-        losses = functional.cross_entropy(scores, y, ignore_index=ignore_index, reduction="none")
-    except IndexError as error:
-        raise IndexError(str(error).replace("target", "y_true", 1)) from None
-    is_kept = np.reshape(y != ignore_index, -1)
-    values = np.reshape(losses, -1)[is_kept]
-    if np.isnan(values).any():
-        raise ValueError("logits: got NaN, inf, or only -inf in a row that counts, expected a softmax in each of them")
-    if not values.size:
-        return math.nan
-    mean = _average_values(values, weights[is_kept] if weights.size else weights, normalize=True)
-    with np.errstate(over="ignore"):
-        return float(np.exp(mean))
+    scores, y = _check_tokens(y_true, logits)
+    weights = _as_weights(sample_weight, y.shape)
+    total, weight_sum, kept = _add_token_losses(_new_totals(), scores, y, weights, ignore_index)
+    return _perplexity(total, weight_sum, kept, weights.size > 0)
 
 
 def brier_score_from_logits(
@@ -336,9 +314,9 @@ def brier_score_from_logits(
     else:
         from fastloss._kernels.scores import brier
 
-        total, weight_sum, invalid, _ = _run(brier, scores, target.codes, weights, (0.0, 0.0))
+        total, weight_sum, invalid, _ = _run(brier, _new_totals(), scores, target.codes, weights, (0.0, 0.0))
         _check_logits(scores, invalid > 0)
-        score = _average(total, weight_sum, len(y), weights, normalize=True)
+        score = _average(total, weight_sum, len(y), weights.size > 0, normalize=True)
     is_halved = n_classes == 2 if isinstance(scale_by_half, str) else scale_by_half
     return score / 2 if is_halved else score
 
@@ -414,9 +392,9 @@ def top_k_accuracy_from_logits(
             UserWarning,
             stacklevel=2,
         )
-    total, weight_sum, invalid, _ = _run(top_k, scores, target.codes, weights, (float(k), 0.0))
+    total, weight_sum, invalid, _ = _run(top_k, _new_totals(), scores, target.codes, weights, (float(k), 0.0))
     _check_logits(scores, invalid > 0)
-    return _average(total, weight_sum, len(y), weights, normalize)
+    return _average(total, weight_sum, len(y), weights.size > 0, normalize)
 
 
 # ------------------------------------------------------------------------------------------------------------ scorers
@@ -553,7 +531,7 @@ def _check_flag(value: Any, name: str) -> None:
         raise ParameterError(f"{name}: got {value!r}, expected a bool (an instance of 'bool')")
 
 
-def _as_scores(value: Any, name: str) -> Array:
+def _as_scores(value: Any, name: str, fewest_rows: int = 1) -> Array:
     """Probabilities or logits with one column or more, of a dtype with numbers in it."""
     scores = _labels.as_array(value, name)
     if scores.dtype.kind in "OSUT" or scores.dtype.char == "g":
@@ -564,7 +542,7 @@ def _as_scores(value: Any, name: str) -> Array:
     if not (_validation.is_floating(scores.dtype) or _validation.is_integer(scores.dtype)):
         raise ParameterError(f"{name}: got dtype {scores.dtype}, expected real numbers (Complex data not supported)")
     for axis, what in enumerate(("sample", "feature")[: scores.ndim]):
-        if not scores.shape[axis]:
+        if scores.shape[axis] < (1 if axis else fewest_rows):
             raise ValueError(
                 f"{name}: Found array with 0 {what}(s) (shape={scores.shape}) while a minimum of 1 is required."
             )
@@ -589,7 +567,7 @@ def _n_classes(scores: Array) -> int:
     return 2 if scores.shape[1] == 1 else scores.shape[1]
 
 
-def _as_weights(sample_weight: Any, shape: tuple[int, ...]) -> Array:
+def _as_weights(sample_weight: Any, shape: tuple[int, ...], may_be_zero: bool = False) -> Array:
     """The weights in float64; empty if there are none."""
     if sample_weight is None:
         return np.empty(0)
@@ -606,12 +584,19 @@ def _as_weights(sample_weight: Any, shape: tuple[int, ...]) -> Array:
         raise ParameterError(f"sample_weight: got dtype {array.dtype}, expected real numbers ({error})") from None
     if not np.isfinite(weights).all():
         raise ValueError(f"Input sample_weight contains {'NaN' if np.isnan(weights).any() else 'infinity'}.")
-    if weights.size and not weights.any():
-        raise ValueError("Sample weights must contain at least one non-zero number.")
+    if weights.size and not may_be_zero:
+        _check_some_weight(bool(weights.any()))
     return weights
 
 
-def _check_rows(y_true: Any, scores: Array, sample_weight: Any) -> tuple[Array, Array]:
+def _check_some_weight(is_some: bool) -> None:
+    if not is_some:
+        raise ValueError("Sample weights must contain at least one non-zero number.")
+
+
+def _check_rows(
+    y_true: Any, scores: Array, sample_weight: Any, weights_may_be_zero: bool = False
+) -> tuple[Array, Array]:
     """The labels and the weights, as many as there are rows of scores."""
     y = _labels.as_labels(y_true, "y_true")
     lengths = [len(scores), len(y)]
@@ -620,7 +605,20 @@ def _check_rows(y_true: Any, scores: Array, sample_weight: Any) -> tuple[Array, 
         lengths += sample_weight.shape[:1]
     if len(set(lengths)) > 1:
         raise ValueError(f"Found input variables with inconsistent numbers of samples: {lengths}")
-    return y, _as_weights(sample_weight, (len(scores),))
+    return y, _as_weights(sample_weight, (len(scores),), weights_may_be_zero)
+
+
+def _check_tokens(y_true: Any, logits: Any) -> tuple[Array, Array]:
+    """Logits, and class indices of their shape without its class axis."""
+    scores = _validation.as_real(logits, "logits")
+    axis = _validation.class_axis(scores, "logits")
+    y = _validation.as_real(y_true, "y_true")
+    expected = _validation.row_shape(scores.shape, axis)
+    if y.shape != expected:
+        raise ValueError(f"y_true: got shape {y.shape} for logits of shape {scores.shape}, expected {expected}")
+    if not _validation.is_integer(y.dtype):
+        raise TypeError(f"y_true: got dtype {y.dtype}, expected class indices of an integer dtype or bool")
+    return scores, y
 
 
 def _check_probabilities(proba: Array, is_invalid: bool) -> None:
@@ -654,26 +652,65 @@ def _check_logits(logits: Array, is_invalid: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------- arithmetic
 
 
-def _average(total: float, weight_sum: float, n_rows: int, weights: Array, normalize: bool) -> float:
+def _average(total: float, weight_sum: float, n_rows: int, is_weighted: bool, normalize: bool) -> float:
     """The mean or the sum, from the sums of the weighted values and of the weights."""
     if not normalize:
         return total
-    denominator = weight_sum if weights.size else float(n_rows)
+    denominator = weight_sum if is_weighted else float(n_rows)
     if denominator == 0:
         raise ZeroDivisionError("Weights sum to zero, can't be normalized")
     return total / denominator
 
 
-def _average_values(values: Array, weights: Array, normalize: bool) -> float:
-    """The weighted average of values that are there already. A weight of 0 counts nothing, even of inf."""
-    total, weight_sum = _reduction.ExactSum(), _reduction.ExactSum()
+def _perplexity(total: float, weight_sum: float, n_rows: int, is_weighted: bool) -> float:
+    """The exponential of the mean; NaN for no rows."""
+    if not n_rows:
+        return math.nan
+    with np.errstate(over="ignore"):
+        return float(np.exp(_average(total, weight_sum, n_rows, is_weighted, normalize=True)))
+
+
+def _new_totals() -> Array:
+    """The exact sums of weighted values and of weights, to which the functions called _add_... add; they return both,
+    rounded.
+    """
+    from fastloss._kernels.sums import STATE_SIZE
+
+    return np.zeros((2, STATE_SIZE), np.int64)
+
+
+def _add_values(totals: Array, values: Array, weights: Array) -> tuple[float, float]:
+    """Add values that are there already. A weight of 0 counts nothing, even of inf."""
+    from fastloss._kernels.sums import add_values
+
+    total, weight_sum = 0.0, 0.0
     for rows in _labels.row_pieces(values.shape):
         piece = values[rows].astype(np.float64)
         if weights.size:
             piece = np.multiply(piece, weights[rows], out=np.zeros_like(piece), where=weights[rows] != 0)
-            weight_sum.add(weights[rows])
-        total.add(piece)
-    return _average(total.total, weight_sum.total, len(values), weights, normalize)
+            weight_sum = add_values.serial(1, totals[1], weights[rows])
+        total = add_values.serial(1, totals[0], piece)
+    return total, weight_sum
+
+
+def _average_values(values: Array, weights: Array, normalize: bool) -> float:
+    """The weighted average of values that are there already."""
+    return _average(*_add_values(_new_totals(), values, weights), len(values), weights.size > 0, normalize)
+
+
+def _add_token_losses(
+    totals: Array, logits: Array, y: Array, weights: Array, ignore_index: int
+) -> tuple[float, float, int]:
+    """Add the cross-entropies of the class indices that count; also how many these are."""
+    try:
+        losses = functional.cross_entropy(logits, y, ignore_index=ignore_index, reduction="none")
+    except IndexError as error:
+        raise IndexError(str(error).replace("target", "y_true", 1)) from None
+    is_kept = np.reshape(y != ignore_index, -1)
+    values = np.reshape(losses, -1)[is_kept]
+    if np.isnan(values).any():
+        raise ValueError("logits: got NaN, inf, or only -inf in a row that counts, expected a softmax in each of them")
+    return *_add_values(totals, values, weights.reshape(-1)[is_kept] if weights.size else weights), len(values)
 
 
 def _readable_pieces(scores: Array, dtype: np.dtype[Any]) -> Iterator[tuple[slice, Array]]:
@@ -687,21 +724,20 @@ def _readable_pieces(scores: Array, dtype: np.dtype[Any]) -> Iterator[tuple[slic
 
 def _run(
     kernel: "Kernel",
+    totals: Array,
     scores: Array,
     codes: Array,
     weights: Array,
     parameters: tuple[float, float],
     dtype: np.dtype[Any] | None = None,
 ) -> tuple[float, float, int, int]:
-    """The sums of the weighted values and of the weights, and how often the kernel met each fault.
+    """Add to the sums of the weighted values and of the weights; both, and how often the kernel met each fault.
 
     The kernel reads float32 for scores of ``dtype`` (their own, if None) float32 or narrower, else float64.
     """
     from fastloss import _runtime
     from fastloss._kernels.scores import N_TILES
-    from fastloss._kernels.sums import STATE_SIZE
 
-    totals = np.zeros((2, STATE_SIZE), np.int64)
     options = np.array(parameters, np.float64)
     total, weight_sum, invalid, not_normalised = 0.0, 0.0, 0, 0
     flat_weights = _views.flatten(weights)[0] if weights.size else weights
@@ -728,25 +764,35 @@ def _geometry(x: Array, origin: int) -> Array:
     )
 
 
-def _log_loss(proba: Array, dtype: np.dtype[Any], target: Target, weights: Array, normalize: bool) -> float:
+def _add_log_loss(
+    totals: Array, proba: Array, dtype: np.dtype[Any], target: Target, weights: Array
+) -> tuple[float, float]:
+    """Add the weighted log losses, and the weights; the precision of ``dtype`` clips."""
     from fastloss._kernels.scores import log_loss as kernel
 
+    if proba.shape[1] == 1 and (dtype.char == "e" or target.indicator is not None):
+        _check_probabilities(proba, not ((proba >= 0) & (proba <= 1)).all())
+        proba = proba.astype(dtype)
+        proba = np.concatenate([1 - proba, proba], axis=1)  # (float16's complements are rounded to float16)
     epsilon = float(np.finfo(dtype).eps)
     # numpy.isclose(sum, 1, rtol=sqrt(eps)), whose atol is 1e-8 by default
     tolerance = math.sqrt(epsilon) + 1e-8
-    parameters = (epsilon, tolerance)
-    total, weight_sum, invalid, not_normalised = _run(kernel, proba, target.codes, weights, parameters, dtype)
+    # What an indicator matrix makes of the probabilities is not what the kernel adds; it checks them all the same.
+    scratch = totals if target.indicator is None else _new_totals()
+    total, weight_sum, invalid, not_normalised = _run(
+        kernel, scratch, proba, target.codes, weights, (epsilon, tolerance), dtype
+    )
     _check_probabilities(proba, invalid > 0)
     if not_normalised:
         warnings.warn(
             "The y_prob values do not sum to one. Make sure to pass probabilities.", UserWarning, stacklevel=3
         )
-    if target.indicator is not None:
-        values = _indicator_values(
-            proba, target.indicator, lambda p, hot: -(hot * np.log(np.clip(p, epsilon, 1 - epsilon))).sum(axis=1)
-        )
-        return _average_values(values, weights, normalize)
-    return _average(total, weight_sum, len(proba), weights, normalize)
+    if target.indicator is None:
+        return total, weight_sum
+    values = _indicator_values(
+        proba, target.indicator, lambda p, hot: -(hot * np.log(np.clip(p, epsilon, 1 - epsilon))).sum(axis=1)
+    )
+    return _add_values(totals, values, weights)
 
 
 def _row_losses(logits: Array, target: Target) -> Array:

@@ -398,3 +398,14 @@ def test_log_loss_takes_a_tenth_of_the_memory_of_scikit_learn():
         peaks[engine] = json.loads(done.stdout)
     for case, ours, theirs in zip(cases, peaks["fastloss"], peaks["sklearn"], strict=True):
         assert ours < theirs / 10, case
+
+
+def test_streams_files_and_dask_agree_with_one_call(tmp_path):
+    path = tmp_path / "streaming.json"
+    sections = ["accumulator", "stream", "file", *(["dask"] if importlib.util.find_spec("dask") else [])]
+    command = [sys.executable, str(TOOLS / "streaming.py"), "--tiny", "--rounds", "1", "--json", str(path)]
+    done = subprocess.run([*command, "--only", *sections], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(path.read_text())
+    assert list(dict.fromkeys(result["section"] for result in results)) == sections
+    assert all(result["agrees"] for result in results)

@@ -20,6 +20,7 @@ import pytest
 
 import fastloss
 from fastloss import cli
+from fastloss import files as scoring
 
 ROOT = Path(__file__).resolve().parents[1]
 ERROR = "fastloss: error: "
@@ -157,9 +158,9 @@ def test_process_help_does_not_import_numba():
 def test_process_interrupted(files):
     np.save("out.npy", np.arange(3))
     code = (
-        "import sys, time; from fastloss import cli\n"
+        "import sys, time; from fastloss import cli, files\n"
         "def wait(*_): print('scoring', flush=True); time.sleep(60)\n"
-        "cli.Scores.add = wait\n"
+        "files._Run._score = wait\n"
         "sys.exit(cli.main(['score', 'logits.npy', 'targets.npy', '--output', 'out.npy']))"
     )
     with subprocess.Popen(
@@ -315,7 +316,7 @@ def test_chunks_give_what_the_function_gives(files, rng, monkeypatch, report, ch
     targets = rng.integers(0, 7, (150, 2)).astype(np.uint8)
     np.save("x.npy", logits)
     np.save("t.npy", targets)
-    monkeypatch.setattr(cli, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 80 * chunk)
     options = {"weight": np.load("weight.npy"), "ignore_index": 3, "label_smoothing": 0.125}
     arguments = ["x.npy", "t.npy", "--weight", "weight.npy", "--ignore-index", "3", "--label-smoothing", "0.125"]
     for reduction in ("mean", "sum"):
@@ -341,7 +342,7 @@ def test_memory_stays_small(files, rng, monkeypatch, report):
     n = 20_000
     np.save("x.npy", rng.normal(size=(n, 100)).astype(np.float32))  # 8 MB
     np.save("t.npy", np.zeros(n, np.int8))
-    monkeypatch.setattr(cli, "CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1 << 16)
     report("x.npy", "t.npy")
     tracemalloc.start()
     try:
@@ -365,7 +366,7 @@ def test_worst_rows_order(files, report, monkeypatch):
     np.save("x.npy", logits)
     np.save("t.npy", targets)
     for chunk in (1, 1 << 20):
-        monkeypatch.setattr(cli, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(scoring, "CHUNK_BYTES", 80 * chunk)
         found = report("x.npy", "t.npy")
         assert [row["position"][0] for row in found["worst"]] == [4, 9, 2, 6, 1]
         assert [row["loss"] for row in found["worst"]][:3] == ["NaN", "NaN", "Infinity"]
@@ -495,13 +496,13 @@ def test_bfloat16_of_ml_dtypes(files, refused):
     ],
 )
 def test_bad_targets(files, monkeypatch, refused, targets, message):
-    monkeypatch.setattr(cli, "CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + scoring._ROW_BYTES))
     np.save("bad.npy", targets)
     assert refused("logits.npy", "bad.npy").startswith(f"bad.npy: {message}")
 
 
 def test_position_of_a_bad_target_in_several_dimensions(files, monkeypatch, refused):
-    monkeypatch.setattr(cli, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1)
     np.save("x.npy", np.zeros((5, 7, 3, 2), np.float32))
     targets = np.zeros((5, 3, 2), np.int16)
     targets[3, 2, 1] = 300
@@ -525,7 +526,9 @@ def test_bad_weight(files, refused, weight, message):
 def test_files_that_are_none(files, refused):
     os.mkfifo("pipe")
     assert refused("pipe", "targets.npy") == "pipe: not a regular file"
-    assert refused(".", "targets.npy") == ".: not a regular file"
+    assert refused(".", "targets.npy").startswith(".: several files, expected one, as targets.npy is")
+    Path("none").mkdir()
+    assert refused("none", "none") == "none: a directory without files to score"
     assert refused("logits.npy/x", "targets.npy") == "logits.npy/x: Not a directory"
     assert refused("missing.npz:logits", "targets.npy") == "missing.npz: No such file or directory"
     assert refused("logits.npy", "targets.npy", "--weight", "none.npy") == "none.npy: No such file or directory"
@@ -626,14 +629,14 @@ def _interrupted(*_):
     ],
 )
 def test_output_survives_a_failure(files, monkeypatch, run, existing, patch, status, message):
-    monkeypatch.setattr(cli, "CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + scoring._ROW_BYTES))
     targets = np.load("targets.npy")
     targets[180] = 99
     np.save("bad.npy", targets)
     if existing:
         Path("out.npy").write_text("old")
     if patch:
-        monkeypatch.setattr(cli.Scores, "add", patch)
+        monkeypatch.setattr(scoring._Run, "_look_closer", patch)
     before = listing()
     assert run("score", "logits.npy", "bad.npy", "--output", "out.npy") == (status, "", message)
     assert listing() == before
@@ -683,15 +686,15 @@ def score_at_terminal(files, monkeypatch):
 def slow_chunks(monkeypatch, seconds):
     """Make the rows come ten at a time, each ten taking some seconds of the clock that tqdm sees."""
     clock = [0.0]
-    add = cli.Scores.add
+    score = scoring._Run._score
 
-    def slow_add(*arguments):
+    def slow_score(*arguments):
         clock[0] += seconds
-        add(*arguments)
+        score(*arguments)
 
-    monkeypatch.setattr(cli.Scores, "add", slow_add)
+    monkeypatch.setattr(scoring._Run, "_score", slow_score)
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
-    monkeypatch.setattr(cli, "CHUNK_ELEMENTS", 70)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + scoring._ROW_BYTES))
 
 
 def test_progress_bar_after_a_second(score_at_terminal, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastloss
-from fastloss import functional, gradients, modules, objectives
+from fastloss import files, functional, gradients, modules, objectives, streaming
 
 PUBLIC = sorted(fastloss.__all__)
 MODULE_NAMES = sorted(
@@ -42,7 +42,7 @@ SIGNATURES = {
 
 class TestNames:
     def test_all_is_what_the_modules_define(self):
-        assert set(PUBLIC) == set(functional.__all__) | set(gradients.__all__) | set(modules.__all__)
+        assert set(PUBLIC) == set(functional.__all__) | set(gradients.__all__) | set(modules.__all__) | {"score_file"}
         assert fastloss.__all__ == sorted(fastloss.__all__)
 
     @pytest.mark.parametrize("module", [functional, gradients, modules, objectives], ids=lambda m: m.__name__)
@@ -126,7 +126,11 @@ class TestDocumentation:
         source = Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8")
         assert not source.strip() or ast.get_docstring(ast.parse(source))
 
-    @pytest.mark.parametrize("module", [fastloss, functional, gradients, modules, objectives], ids=lambda m: m.__name__)
+    @pytest.mark.parametrize(
+        "module",
+        [fastloss, files, functional, gradients, modules, objectives, streaming],
+        ids=lambda m: m.__name__,
+    )
     def test_examples_run(self, module):
         results = doctest.testmod(module)
         assert results.failed == 0

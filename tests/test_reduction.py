@@ -39,16 +39,18 @@ def test_division_is_ieee_division(total, denominator, expected):
     np.testing.assert_equal(_reduction.divide(total, denominator), expected)
 
 
+def exact_sum(pieces):
+    total = _reduction.ExactSum()
+    for piece in pieces:
+        total += _reduction.ExactSum.of(piece)
+    return total.total
+
+
 def test_exact_sum(rng):
     values = np.concatenate([rng.normal(size=300) * 10.0 ** rng.integers(-300, 300, 300), [5e-324, 1e308, -1e308, 0.0]])
-    accumulator = _reduction.ExactSum()
-    for piece in np.array_split(np.concatenate([values, [2.0**-30], -values]), 7):
-        accumulator.add(piece)
-    assert accumulator.total == 2.0**-30
+    assert exact_sum(np.array_split(np.concatenate([values, [2.0**-30], -values]), 7)) == 2.0**-30
     for piece in (values, values[np.abs(values) < 1e38].astype(np.float32)):
-        accumulator = _reduction.ExactSum()
-        accumulator.add(piece)
-        assert accumulator.total == float(sum(map(Fraction, piece.tolist())))
+        assert exact_sum([piece]) == float(sum(map(Fraction, piece.tolist())))
 
 
 @pytest.mark.parametrize(
@@ -61,9 +63,10 @@ def test_exact_sum(rng):
         ([math.nan, math.inf], math.nan),
         ([1.7e308, 1.7e308], math.inf),
         ([-1.7e308, -1.7e308], -math.inf),
+        ([1.7e308, 1.7e308, -math.inf], -math.inf),
+        ([1.7e308, 1.7e308, -1.7e308], 1.7e308),
     ],
 )
 def test_exact_sum_of_special_values(values, total):
-    accumulator = _reduction.ExactSum()
-    accumulator.add(np.array(values))
-    np.testing.assert_equal(accumulator.total, total)
+    np.testing.assert_equal(exact_sum([np.array(values)]), total)
+    np.testing.assert_equal(exact_sum(np.array(values).reshape(-1, 1)), total)

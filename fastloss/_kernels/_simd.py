@@ -10,8 +10,8 @@ A vector of float32 (or int32) has 16 lanes, one of float64 (or int64) has 8: :f
 generic in the *compute type*: they take a zero of that type, ``like``, and every constructor here follows it.
 
 Operators: ``+ - *`` and unary minus on vectors of one type; ``< <= > >= == !=`` give a mask; ``& | ^`` work on masks
-and integers, ``<< >>`` (arithmetic) shift integers by a vector of counts. No fast-math flag is ever set: each operation is
-the IEEE operation, each :func:`fma` is fused on every CPU.
+and integers, ``<< >>`` (arithmetic) shift integers by a vector of counts. No fast-math flag is ever set: each operation
+is the IEEE operation, each :func:`fma` is fused on every CPU.
 
 With ``NUMBA_DISABLE_JIT=1`` the same names work on NumPy arrays of 16 or 8 elements, so that every kernel can be
 stepped through, and covered, as Python.

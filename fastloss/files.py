@@ -1,0 +1,993 @@
+"""Scoring files: memory-mapped, shard by shard and chunk by chunk, in bounded memory, from where it stopped before.
+
+The losses go through :mod:`fastloss.streaming`, so the result has the bits of one call over all rows, however they are
+cut into shards and chunks. What has been scored is one immutable :class:`_Done`, replaced after each chunk: what is
+saved is always the state between two chunks.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import importlib
+import json
+import math
+import mmap
+import os
+import re
+import secrets
+import stat
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastloss import _reduction, _validation, _views, functional, streaming
+from fastloss._validation import Array
+
+__all__ = ["FileScores", "ScoreError", "ScoredRow", "score_file"]
+
+# The bytes of a chunk: 32 MiB take some milliseconds, starting the threads for them some 0.04. Less where max_memory
+# asks for it: rows that are copied, as they may be to find the predictions, take as much again.
+CHUNK_BYTES = 1 << 25
+_SHARE_OF_MEMORY = 4
+# What is held of each row besides its logits: its loss, target and prediction, and where it is, in 8 bytes each.
+_ROW_BYTES = 64
+
+# How often the state is saved for a later run to go on from, in seconds.
+SAVE_SECONDS = 5.0
+
+N_WORST = 5
+
+# How far a loss must be from -log(1/2) or -log(1/C) to tell whether the prediction is right: far beyond its error.
+_SLACK = 1e-3
+
+# What an array is called inside an .npz file.
+LOGITS_MEMBERS = ("logits", "log_probs", "input")
+TARGETS_MEMBERS = ("targets", "target", "labels")
+WEIGHT_MEMBERS = ("weight", "weights")
+_SUFFIXES = (".npy", ".npz", ".parquet", ".arrow", ".feather")
+_MEMBER = re.compile(r"(.*\.(?:npz|parquet|arrow|feather)):(.*)", re.DOTALL)
+_NO_TARGETS = "holds one array; expected TARGETS too, or one .npz file with logits and targets"
+
+_FORMAT = "fastloss score, state 1"
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+class ScoreError(ValueError):
+    """A file that cannot be scored: the message begins with its name.
+
+    Attributes
+    ----------
+    scores : FileScores or None
+        What was scored before it.
+    """
+
+    scores: "FileScores | None" = None
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def split_member(name: str) -> tuple[str, str | None]:
+    """``FILE.npz:MEMBER``, or ``FILE.parquet:COLUMN``, as the file and the member."""
+    match = _MEMBER.fullmatch(name)
+    return match.groups() if match else (name, None)  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _reading(path: Path | str) -> Iterator[None]:
+    """Turn whatever a missing or damaged file leads to into an error that names it."""
+    try:
+        yield
+    except ScoreError:
+        raise
+    except OSError as error:
+        raise ScoreError(f"{path}: {error.strerror or error}") from None
+    except MemoryError as error:
+        raise ScoreError(f"{path}: out of memory ({error})") from None
+    except Exception as error:  # whatever damaged bytes lead the readers of zip, zlib and npy to
+        raise ScoreError(f"{path}: cannot be read, truncated or damaged ({error})") from None
+
+
+def read_array(name: str, members: Sequence[str], beside_logits: bool = False, max_memory: float = math.inf) -> Array:
+    """The array of a file: that of a ``.npy``, memory-mapped, or a member of a ``.npz``, see :func:`_choose_member`.
+
+    With `beside_logits` the file holds the logits too, so a single array does not do.
+    """
+    file_name, member = split_member(name)
+    path = Path(file_name)
+    with _reading(path):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ScoreError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            magic = file.read(6)
+            if not magic:
+                raise ScoreError(f"{path}: the file is empty")
+            if magic == b"\x93NUMPY":
+                if beside_logits:
+                    raise ScoreError(f"{path}: {_NO_TARGETS}")
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
+            elif magic.startswith(b"PK"):
+                file.seek(0)
+                with np.load(file, allow_pickle=False) as archive:
+                    chosen = _choose_member(path, archive.files, member, members, beside_logits)
+                    _check_size(path, archive.zip, chosen, max_memory)
+                    array = archive[chosen]
+            elif magic.startswith((b"ARROW1", b"PAR1")):
+                array = _read_column(path, magic.startswith(b"PAR1"), member, members, beside_logits, max_memory)
+            else:
+                raise ScoreError(f"{path}: neither a .npy nor a .npz file")
+    if not isinstance(array, np.ndarray):
+        raise ScoreError(f"{name}: not an array")
+    if array.dtype == np.dtype("V2"):
+        raise ScoreError(
+            f"{name}: dtype |V2, which is how bfloat16 is saved (.npy files cannot name it); save it as float32"
+        )
+    return np.asarray(array)
+
+
+def _choose_member(
+    path: Path, held: Sequence[str], member: str | None, members: Sequence[str], beside_logits: bool
+) -> str:
+    """The member asked for, else the one with a name among `members`, else the only one."""
+    listed = ", ".join(held) or "nothing"
+    if member is not None:
+        if member not in held:
+            raise ScoreError(f"{path}: no member {member}, holds {listed}")
+        return member
+    known = [name for name in held if name in members]
+    if len(known) == 1:
+        return known[0]
+    if len(held) == 1 and beside_logits:
+        raise ScoreError(f"{path}: {_NO_TARGETS}")
+    if len(held) == 1:
+        return held[0]
+    raise ScoreError(f"{path}: holds {listed}; say which one are the {members[0]}, as {path}:NAME")
+
+
+def _read_column(
+    path: Path, is_parquet: bool, member: str | None, members: Sequence[str], beside_logits: bool, max_memory: float
+) -> Array:
+    """A column of a Parquet or Arrow file: of numbers, or of lists of one length, which are the rows of a matrix."""
+    try:
+        arrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ScoreError(f"{path}: Parquet and Arrow files are read by pyarrow, which is not installed") from None
+    source = parquet.ParquetFile(path) if is_parquet else arrow.ipc.open_file(arrow.memory_map(str(path)))
+    schema = source.schema_arrow if is_parquet else source.schema
+    chosen = _choose_member(path, schema.names, member, members, beside_logits)
+    if is_parquet:
+        groups = [source.metadata.row_group(i) for i in range(source.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == chosen]
+        _check_memory(path, chosen, sum(sizes), max_memory)
+        column = source.read(columns=[chosen]).column(0)
+    else:
+        column = source.read_all().column(chosen)
+        _check_memory(path, chosen, column.nbytes, max_memory)
+    column = column.combine_chunks()
+    n_rows = len(column)
+    values = column
+    while arrow.types.is_nested(values.type):
+        if values.null_count:
+            break
+        values = values.flatten()
+    if values.null_count:
+        raise ScoreError(f"{path}: {chosen} has missing values")
+    array: Array = values.to_numpy(zero_copy_only=False)
+    if values is column:
+        return array
+    if arrow.compute.count_distinct(arrow.compute.list_value_length(column)).as_py() > 1:
+        raise ScoreError(f"{path}: {chosen} has lists of several lengths, expected one length")
+    return array.reshape(n_rows, -1)
+
+
+def _check_memory(path: Path, member: str, size: int, max_memory: float) -> None:
+    if size > max_memory:
+        raise ScoreError(
+            f"{path}: {member} takes {size} bytes of memory, into which this kind of file is read whole, more than the "
+            f"{max_memory} allowed; save it as .npy, or in shards"
+        )
+
+
+def _check_size(path: Path, archive: zipfile.ZipFile, member: str, max_memory: float) -> None:
+    names = archive.namelist()
+    size = archive.getinfo(f"{member}.npy" if f"{member}.npy" in names else member).file_size
+    _check_memory(path, member, size, max_memory)
+
+
+# ----------------------------------------------------------------------------------------------------------- shards
+
+
+def _is_directory(paths: Paths | None) -> bool:
+    return isinstance(paths, str | os.PathLike) and Path(split_member(os.fspath(paths))[0]).is_dir()
+
+
+def _list_files(paths: Paths, by_stem: bool) -> tuple[dict[str, str], bool]:
+    """The files of a path, a directory, a pattern or a list, each under the name by which it is paired; and whether it
+    is one file. The name is where it is in a list, what the wildcards of a pattern stand for, or if so wished the stem.
+    """
+    if not isinstance(paths, str | os.PathLike):
+        return {str(i): os.fspath(path) for i, path in enumerate(paths)}, False
+    name = os.fspath(paths)
+    place, member = split_member(name)
+    suffix = "" if member is None else f":{member}"
+    if Path(place).is_dir():
+        found = {p.stem: str(p) for p in Path(place).iterdir() if p.suffix in _SUFFIXES}
+        if not found:
+            raise ScoreError(f"{name}: a directory without files to score")
+        return found, False
+    if not glob.has_magic(place) or Path(place).exists():
+        return {"": name}, True
+    matcher = re.compile(_with_groups(place), re.DOTALL)
+    matched = [(matcher.fullmatch(path), path) for path in _glob(place)]
+    found = {Path(p).stem if by_stem else "\0".join(m.groups()): p + suffix for m, p in matched if m}
+    if not found:
+        raise ScoreError(f"{name}: no file of that pattern")
+    return found, False
+
+
+def _glob(pattern: str) -> list[str]:
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+
+
+def _with_groups(pattern: str) -> str:
+    """A regular expression for a shell pattern, whose groups are what the wildcards stand for."""
+    parts = re.split(r"(\*\*/?|\*|\?|\[!?\]?[^\]]*\])", pattern)
+    wild = {"**": "(.*)", "**/": "(.*/|)", "*": "([^/]*)", "?": "([^/])"}
+    texts = []
+    for i, part in enumerate(parts):
+        if i % 2 == 0:
+            texts.append(re.escape(part))
+        else:
+            texts.append(wild.get(part) or f"([{part[1:-1].replace('!', '^', 1) if part[1] == '!' else part[1:-1]}])")
+    return "".join(texts)
+
+
+def _natural(key: str) -> list[str | int]:
+    """What sorts names with numbers in them by these numbers: 9 before 10."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", key.replace("\0", "")))]
+
+
+class _Pair(NamedTuple):
+    """The files of a shard: without targets the logits' file holds them, or something is ``missing``, which it says."""
+
+    logits: str
+    targets: str | None
+    missing: str = ""
+
+    @property
+    def files(self) -> list[str]:
+        return [split_member(name)[0] for name in (self.logits, self.targets or self.logits)]
+
+
+def _pair_files(logits: Paths, targets: Paths | None) -> list[_Pair]:
+    """The shards, in the order of their names."""
+    by_stem = _is_directory(logits) or _is_directory(targets)
+    inputs, is_one = _list_files(logits, by_stem)
+    if targets is None:
+        return [_Pair(inputs[key], None) for key in sorted(inputs, key=_natural)]
+    goals, is_one_goal = _list_files(targets, by_stem)
+    if is_one != is_one_goal:
+        many, one = (targets, logits) if is_one else (logits, targets)
+        raise ScoreError(f"{many}: several files, expected one, as {one} is, or two directories or patterns")
+    pairs = []
+    for key in sorted(inputs.keys() | goals.keys(), key=_natural):
+        if key not in inputs:
+            pairs.append(_Pair(goals[key], None, f"{goals[key]}: no logits of that name in {logits}"))
+        elif key not in goals:
+            pairs.append(_Pair(inputs[key], None, f"{inputs[key]}: no targets of that name in {targets}"))
+        else:
+            pairs.append(_Pair(inputs[key], goals[key]))
+    return pairs
+
+
+class _Shard(NamedTuple):
+    """The arrays of a shard, with a first axis, and the shape of its rows as they are counted."""
+
+    logits: Array
+    targets: Array
+    row_shape: tuple[int, ...]
+
+    @property
+    def n_rows(self) -> int:
+        return math.prod(self.row_shape)
+
+
+def _cuts(shape: tuple[int, ...], first_row: int, chunk_rows: int) -> Iterator[tuple[tuple[slice, ...], int]]:
+    """Cut the rows of ``(N, C, d1, ..., dK)`` in C order from some row on, into chunks of about so many: where each
+    lies in ``(N, d1, ...)``, and how many rows it has. Samples that are longer are cut along their first axis.
+    """
+    per_sample = math.prod(shape[2:])
+    n_rows = shape[0] * per_sample
+    row = first_row
+    while row < n_rows:
+        sample, within = divmod(row, per_sample)
+        if within or (per_sample > chunk_rows and len(shape) > 2):
+            per_line = math.prod(shape[3:])
+            begin = within // per_line
+            end = min(shape[2], begin + max(1, chunk_rows // per_line))
+            yield (slice(sample, sample + 1), slice(begin, end)), (end - begin) * per_line
+            row += (end - begin) * per_line
+        else:
+            end = min(shape[0], sample + max(1, chunk_rows // per_sample))
+            yield (slice(sample, end),), (end - sample) * per_sample
+            row = end * per_sample
+
+
+def _owner(array: Array) -> mmap.mmap | None:
+    """The memory map in which an array lies."""
+    owner: object = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return owner if isinstance(owner, mmap.mmap) else None
+
+
+def _check_length(array: Array, name: str) -> None:
+    """Raise for a file that became shorter than its map: reading what is gone would end the process."""
+    owner = _owner(array)
+    if owner is not None and owner.size() < len(owner):
+        raise ScoreError(f"{name}: truncated while it was read")
+
+
+def _release_pages(array: Array) -> None:
+    """Unmap what was read of a memory-mapped file: it stays in the system's cache, but counts no more as ours."""
+    owner = _owner(array)
+    if owner is not None and sys.platform != "win32":
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+class ScoredRow(NamedTuple):
+    """One row among the worst: where it is, the class indices of its target and of the prediction, and its loss."""
+
+    file: str
+    position: tuple[int, ...]
+    target: int
+    predicted: int
+    loss: float
+
+    @property
+    def badness(self) -> tuple[bool, float]:
+        """What sorts rows by how badly they score: NaN first, then the largest loss."""
+        return (False, 0.0) if math.isnan(self.loss) else (True, -self.loss)
+
+
+class _Done(NamedTuple):
+    """What has been scored: whole shards, rows of the next one, and what came out."""
+
+    shards: int = 0
+    rows: int = 0
+    written: int = 0
+    state: streaming.State = streaming.State()
+    n_correct: int = 0
+    worst: tuple[ScoredRow, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        held = self._asdict()
+        worst = [[*row[:-1], str(row.loss)] for row in self.worst]
+        return held | {"state": self.state.to_json(), "worst": worst}
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any]) -> "_Done":
+        worst = tuple(ScoredRow(f, tuple(at), t, p, float(loss)) for f, at, t, p, loss in held["worst"])
+        return cls(**{**held, "state": streaming.State.from_json(held["state"]), "worst": worst})
+
+
+@dataclasses.dataclass(frozen=True)
+class FileScores:
+    """What :func:`score_file` has found.
+
+    Attributes
+    ----------
+    loss, mean : numpy scalar
+        What the function of the loss gives for all rows together, to the last bit: with the `reduction` asked for, and
+        with ``'mean'``.
+    perplexity : float
+        The exponential of the mean loss.
+    n_rows, n_kept : int
+        How many rows there are, and how many that are not ignored.
+    n_classes : int
+        The number of classes; 0 if nothing was scored.
+    n_shards, n_scored_shards : int
+        How many files of logits there are, and how many of them were scored whole.
+    n_correct : int or None
+        How many of the rows kept have their target as the class of the largest logit (the first of equal ones); None
+        without `details`.
+    worst : tuple of ScoredRow
+        The rows with the largest losses; empty without `details`.
+    dtype : numpy.dtype
+        The dtype of the losses.
+    """
+
+    loss: Any
+    mean: Any
+    n_rows: int
+    n_kept: int
+    n_classes: int
+    n_shards: int
+    n_scored_shards: int
+    n_correct: int | None
+    worst: tuple[ScoredRow, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean loss."""
+        with np.errstate(over="ignore"):
+            return float(np.exp(np.float64(self.mean)))
+
+    @property
+    def accuracy(self) -> float:
+        """The share of the rows kept whose prediction is right; NaN without any, or without `details`."""
+        return math.nan if self.n_correct is None else _reduction.divide(self.n_correct, self.n_kept)
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+class _Output:
+    """A ``.npy`` file of losses, written piece by piece under another name until it is complete.
+
+    Not through a memory map: a full disk would end the process, where writing raises. The header has room for any
+    number of rows, so it can be written again.
+    """
+
+    def __init__(self, name: str, is_kept: bool) -> None:
+        self.name = name
+        self.path = Path(os.path.realpath(name))  # replace what a link points to, not the link
+        self._is_kept = is_kept
+        unfinished = f"{self.path.name}.partial" if is_kept else f"{secrets.token_hex(8)}.tmp"
+        self.unfinished = self.path.with_name(f".fastloss-{unfinished}")
+        self._file: IO[bytes] | None = None
+        self._start = 0
+        try:
+            if self.path.exists() and not self.path.is_file():
+                raise ScoreError(f"{name}: not a regular file")
+        except OSError as error:
+            raise ScoreError(f"{name}: {error.strerror or error}") from None
+
+    def open(self, shape: tuple[int, ...], dtype: np.dtype[Any], rows_written: int) -> None:
+        """Begin, or go on behind some rows."""
+        if rows_written and not self.unfinished.exists():
+            raise ScoreError(
+                f"{self.unfinished}: the losses scored before are not there; delete the state to start anew"
+            )
+        mode = "r+b" if rows_written else "w+b" if self._is_kept else "x+b"
+        self._file = self.unfinished.open(mode)
+        self._write_header(shape, dtype)
+        self._start = self._file.tell()
+        end = self._start + rows_written * dtype.itemsize
+        if self._file.seek(0, os.SEEK_END) < end:
+            raise ScoreError(f"{self.unfinished}: lacks losses scored before; delete the state to start anew")
+        self._file.truncate(end)
+        self._file.seek(end)
+
+    def _write_header(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        assert self._file is not None
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def write(self, piece: Array) -> None:
+        if self._file is not None:
+            self._file.write(np.ascontiguousarray(piece).data)
+
+    def sync(self) -> None:
+        """Have what was written on the disk."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def is_finished(self) -> bool:
+        """Whether an earlier run has put the file in its place."""
+        return self.path.exists() and not self.unfinished.exists()
+
+    def finish(self) -> None:
+        """Put the whole file in its place."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self.unfinished.replace(self.path)
+
+    def abandon(self) -> None:
+        """Leave nothing behind, or what a later run goes on with."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+        if not self._is_kept:
+            with contextlib.suppress(OSError):
+                self.unfinished.unlink()
+
+
+class _Saved:
+    """The state of a run, in a file that is replaced whole, so that there always is one."""
+
+    def __init__(self, name: str, options: dict[str, Any], pairs: list[_Pair]) -> None:
+        self.name = name
+        self._options = options
+        self._pairs = pairs
+
+    def load(self) -> tuple[_Done, _Done]:
+        """What was scored before, if that was the same (less the shard that was begun, if that has been mended since),
+        and what was before the shard that was begun.
+        """
+        try:
+            held = json.loads(Path(self.name).read_text(encoding="utf-8"))
+            if held["format"] != _FORMAT:
+                raise ValueError(f"format {held['format']!r}")
+            options, files, done = held["options"], held["files"], _Done.from_json(held["done"])
+            shard_begin = _Done.from_json(held["shard_begin"])
+            if len(files) != done.shards + bool(done.rows):
+                raise ValueError(f"{len(files)} files")
+        except FileNotFoundError:
+            return _Done(), _Done()
+        except OSError as error:
+            raise ScoreError(f"{self.name}: {error.strerror or error}") from None
+        except Exception as error:
+            raise ScoreError(f"{self.name}: not the state of a run, or damaged ({error})") from None
+        for what, value in self._options.items():
+            if options.get(what) != value:
+                self._refuse(f"{what} {options.get(what)}, where this one has {value}")
+        for i, before in enumerate(files):
+            now = self._identity(i) if i < len(self._pairs) else None
+            if now is not None and i == done.shards and [name for name, *_ in now] == [name for name, *_ in before]:
+                return done if now == before else shard_begin, shard_begin
+            if now != before:
+                names = " and ".join(dict.fromkeys(name for name, *_ in before))
+                self._refuse(f"{names}, where this one has other files, or which have changed")
+        return done, shard_begin
+
+    def _refuse(self, what: str) -> None:
+        raise ScoreError(f"{self.name}: the state of a run with {what}; delete it to start anew")
+
+    def _identity(self, shard: int) -> list[list[Any]]:
+        """What tells the files of a shard from others: path, size, time of the last change."""
+        found = []
+        for name in self._pairs[shard].files:
+            with contextlib.suppress(OSError):
+                status = Path(name).stat()
+                found.append([str(Path(name).resolve()), status.st_size, status.st_mtime_ns])
+        return found
+
+    def save(self, done: _Done, shard_begin: _Done) -> None:
+        files = [self._identity(i) for i in range(done.shards + bool(done.rows))]
+        held = {"format": _FORMAT, "options": self._options, "files": files}
+        held |= {"done": done.to_json(), "shard_begin": shard_begin.to_json()}
+        path = Path(os.path.realpath(self.name))
+        temporary = path.with_name(f".fastloss-{secrets.token_hex(8)}.tmp")
+        try:
+            with temporary.open("x", encoding="utf-8") as file:
+                json.dump(held, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            if os.name == "posix":
+                directory = os.open(path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(directory)
+                finally:
+                    os.close(directory)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise ScoreError(f"{self.name}: {error.strerror or error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------- scoring
+
+
+def worst_first(losses: Array, count: int) -> Array:
+    """Where the worst losses are: NaN first, then the largest; of equals the first ones."""
+    candidates = np.arange(losses.size)
+    if losses.size > count:
+        threshold = np.partition(losses, -count)[-count]  # NaN counts as the largest
+        candidates = np.flatnonzero(np.isnan(losses) | (losses >= threshold))
+    values = losses[candidates]
+    return candidates[np.lexsort((-values, ~np.isnan(values)))[:count]]
+
+
+class _Rows:
+    """The rows of a chunk of logits, in C order."""
+
+    def __init__(self, logits: Array) -> None:
+        self._logits = logits
+        self._shape = _validation.row_shape(logits.shape, 1)
+
+    def predicted(self, places: Array) -> Array:
+        """The class of the largest logit (the first of equal ones) of some rows, in pieces."""
+        n_rows, n_classes = math.prod(self._shape), self._logits.shape[1]
+        if 2 * places.size > n_rows:
+            everywhere: Array = self._logits.argmax(axis=1).reshape(-1)
+            return everywhere[places]
+        classes_last = np.moveaxis(self._logits, 1, -1)
+        found = np.empty(places.size, np.intp)
+        step = max(1, _views.PIECE // n_classes)
+        for begin in range(0, places.size, step):
+            piece = np.unravel_index(places[begin : begin + step], self._shape)
+            found[begin : begin + step] = classes_last[piece].argmax(axis=-1)
+        return found
+
+
+class _Run:
+    """One run over the shards."""
+
+    def __init__(
+        self,
+        pairs: list[_Pair],
+        stream: "streaming.CrossEntropy | streaming.NLL",
+        max_memory: int,
+        details: bool,
+        output: _Output | None,
+        saved: _Saved | None,
+    ) -> None:
+        self._pairs = pairs
+        self._stream = stream
+        self._max_memory = max_memory
+        self._details = details
+        self._output = output
+        self._saved = saved
+        self.done, self._shard_begin = (_Done(), _Done()) if saved is None else saved.load()
+        stream._state = self.done.state
+        self._last_save = time.monotonic()
+        self._bytes = 0
+
+    def open(self, pair: _Pair) -> _Shard:
+        """The arrays of a shard, which fit together."""
+        if pair.missing:
+            raise ScoreError(pair.missing)
+        logits = read_array(pair.logits, LOGITS_MEMBERS, max_memory=self._max_memory)
+        targets_name = split_member(pair.logits)[0] if pair.targets is None else pair.targets
+        targets = read_array(targets_name, TARGETS_MEMBERS, pair.targets is None, self._max_memory)
+        with self._naming(pair):
+            functional._check(logits, targets, self._stream.weight, self._stream.ignore_index, self._stream._is_nll)
+            row_shape = _validation.row_shape(logits.shape, _validation.class_axis(logits))
+        if logits.ndim == 1:
+            logits, targets = logits[np.newaxis], targets[np.newaxis]
+        return _Shard(logits, targets, row_shape)
+
+    @contextlib.contextmanager
+    def _naming(self, pair: _Pair) -> Iterator[None]:
+        """Errors that name the files instead of arguments."""
+        names = {"input": pair.logits, "target": pair.targets or pair.logits}
+        try:
+            yield
+        except ScoreError:
+            raise
+        except (ValueError, TypeError, IndexError) as error:
+            name, separator, message = str(error).partition(": ")
+            if not separator or name not in names:
+                raise
+            raise ScoreError(f"{names[name]}: {message}") from None
+        except MemoryError as error:
+            raise ScoreError(f"{pair.logits}: out of memory ({error})") from None
+
+    def run(self, show: Callable[[int, int, "_Run"], object]) -> None:
+        """Score what is left."""
+        if self._output is not None:
+            with self._writing():
+                self._begin_output()
+        for index in range(self.done.shards, len(self._pairs)):
+            pair = self._pairs[index]
+            shard = self.open(pair)
+            if not self.done.rows:
+                self._shard_begin = self.done
+            for where, n_rows in _cuts(shard.logits.shape, self.done.rows, self._chunk_rows(shard)):
+                with self._naming(pair):
+                    self._score(pair, shard, where, n_rows)
+                show(n_rows, self._bytes, self)
+                self._save(SAVE_SECONDS)
+            self._take_in_empty(pair, shard)
+            self.done = self.done._replace(shards=index + 1, rows=0)
+        self._save(0.0)
+        if self._output is not None:
+            with self._writing():
+                self._output.finish()
+
+    def _take_in_empty(self, pair: _Pair, shard: _Shard) -> None:
+        """A shard without rows fits or not, like any other."""
+        if not shard.n_rows:
+            with self._naming(pair):
+                self._stream.update(shard.logits, shard.targets)
+            self.done = self.done._replace(state=self._stream._state)
+
+    def save_after_failure(self) -> None:
+        """Keep what was scored, if it is to be kept."""
+        if self._output is not None:
+            self._output.abandon()
+        if self._saved is not None and self.done.state.rows:
+            self._saved.save(self.done, self._shard_begin)
+
+    def _save(self, seconds: float) -> None:
+        if self._saved is not None and time.monotonic() - self._last_save >= seconds:
+            if self._output is not None:
+                with self._writing():
+                    self._output.sync()
+            self._saved.save(self.done, self._shard_begin)
+            self._last_save = time.monotonic()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            assert self._output is not None
+            raise ScoreError(f"{self._output.name}: {error.strerror or error}") from None
+
+    def _chunk_rows(self, shard: _Shard) -> int:
+        row_bytes: int = shard.logits.shape[1] * shard.logits.itemsize + _ROW_BYTES
+        if shard.targets.ndim == shard.logits.ndim:
+            row_bytes += shard.targets.shape[1] * shard.targets.itemsize
+        return max(1, min(CHUNK_BYTES, self._max_memory // _SHARE_OF_MEMORY) // row_bytes)
+
+    def _begin_output(self) -> None:
+        """The output's shape is that of all shards, one after the other. (What cannot be read stops the run later.)"""
+        assert self._output is not None
+        if self.done.shards == len(self._pairs) and self._output.is_finished():
+            return
+        shapes, dtype = [], None
+        for pair in self._pairs:
+            with contextlib.suppress(ScoreError):
+                shard = self.open(pair)
+                shapes.append(shard.row_shape)
+                dtype = dtype or self._dtype(shard)
+                if shard.row_shape[1:] != shapes[0][1:]:
+                    break
+        if not shapes:
+            return
+        odd = [shape for shape in shapes if shape[1:] != shapes[0][1:]]
+        if odd:
+            raise ScoreError(f"{self._output.name}: rows of shape {odd[0]} cannot follow those of shape {shapes[0]}")
+        shape = (sum(s[0] for s in shapes), *shapes[0][1:]) if shapes[0] else ()
+        self._output.open(shape, dtype or np.dtype(np.float64), self.done.written)
+
+    def _dtype(self, shard: _Shard) -> np.dtype[Any]:
+        if shard.logits.shape == shard.targets.shape and not self._stream._is_nll:
+            return _views.compute_dtype(shard.logits.dtype, shard.targets.dtype)
+        return _views.compute_dtype(shard.logits.dtype)
+
+    def _score(self, pair: _Pair, shard: _Shard, where: tuple[slice, ...], n_rows: int) -> None:
+        """Take in a chunk."""
+        at_classes = (where[0], slice(None), *where[1:])
+        logits = shard.logits[at_classes]
+        has_probabilities = shard.targets.shape == shard.logits.shape and not self._stream._is_nll
+        targets = shard.targets[at_classes if has_probabilities else where]
+        _check_length(shard.logits, pair.logits)
+        _check_length(shard.targets, pair.targets or pair.logits)
+        wants_rows = self._details or self._output is not None
+        losses = np.empty(_validation.row_shape(logits.shape, 1), self._dtype(shard)) if wants_rows else None
+        try:
+            self._stream._update(logits, targets, losses)
+        except IndexError:
+            whole = shard.targets if shard.row_shape else shard.targets[0]
+            _validation.target_out_of_range(whole, logits.shape[1], self._stream.ignore_index)
+        done = self.done._replace(rows=self.done.rows + n_rows, state=self._stream._state)
+        if self._details and losses is not None:
+            n_correct, worst = self._look_closer(pair, shard, logits, targets, losses, has_probabilities)
+            done = done._replace(n_correct=done.n_correct + n_correct, worst=worst)
+        if self._output is not None and losses is not None:
+            with self._writing():
+                self._output.write(losses)
+            done = done._replace(written=done.written + n_rows)
+        self._bytes += logits.nbytes + targets.nbytes
+        self.done = done
+        _release_pages(shard.logits)
+        _release_pages(shard.targets)
+
+    def _look_closer(
+        self, pair: _Pair, shard: _Shard, logits: Array, targets: Array, losses: Array, has_probabilities: bool
+    ) -> tuple[int, tuple[ScoredRow, ...]]:
+        """How many predictions of a chunk are right, and the worst rows so far.
+
+        Where the loss is -log p of the target, that tells most rows: the largest probability is that of a target with p
+        > 1/2, and not that of one with p < 1/C. The classes of the others are looked through.
+        """
+        rows = _Rows(logits)
+        losses = losses.reshape(-1)
+        labels = targets.argmax(axis=1).reshape(-1) if has_probabilities else targets.reshape(-1)
+        kept = np.arange(losses.size)
+        if not has_probabilities:
+            kept = np.flatnonzero(labels != self._stream.ignore_index)
+        losses, labels = losses[kept], labels[kept]
+        stream = self._stream
+        if not (has_probabilities or stream._is_nll or stream.label_smoothing or stream.weight is not None):
+            is_right = losses < math.log(2) - _SLACK
+            unsure = np.flatnonzero(~(is_right | (losses > math.log(logits.shape[1]) + _SLACK)))
+            n_correct = int(np.count_nonzero(is_right))
+            n_correct += int(np.count_nonzero(rows.predicted(kept[unsure]) == labels[unsure]))
+        else:
+            n_correct = int(np.count_nonzero(rows.predicted(kept) == labels))
+        worst = list(self.done.worst)
+        places = worst_first(losses, N_WORST)
+        for i, predicted in zip(places, rows.predicted(kept[places]), strict=True):
+            position = np.unravel_index(self.done.rows + int(kept[i]), shard.row_shape)
+            at = tuple(map(int, position))
+            worst.append(ScoredRow(pair.logits, at, int(labels[i]), int(predicted), float(losses[i])))
+        worst.sort(key=lambda row: row.badness)
+        return n_correct, tuple(worst[:N_WORST])
+
+    def scores(self) -> FileScores:
+        """What has been scored."""
+        done, stream = self.done, self._stream
+        state = done.state
+        stream._state = state
+        return FileScores(
+            loss=stream.compute(),
+            mean=stream._reduced("mean"),
+            n_rows=state.rows,
+            n_kept=state.kept,
+            n_classes=int(state.common.get("classes", 0)),
+            n_shards=len(self._pairs),
+            n_scored_shards=done.shards,
+            n_correct=done.n_correct if self._details else None,
+            worst=done.worst,
+            dtype=np.dtype(state.common.get("dtype", "float64")),
+        )
+
+    def count_rows(self) -> int:
+        """All rows there are to score, as far as the files can be read."""
+        n_rows = 0
+        for pair in self._pairs:
+            with contextlib.suppress(ScoreError):
+                n_rows += self.open(pair).n_rows
+        return n_rows
+
+
+@contextlib.contextmanager
+def _progress(run: _Run, is_wanted: bool) -> Iterator[Callable[[int, int, _Run], object]]:
+    """A progress bar for work longer than a second, where tqdm is installed and somebody sees standard error."""
+    if is_wanted and sys.stderr is not None and sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            # By name, since tqdm is no dependency and has no types.
+            tqdm = importlib.import_module("tqdm").tqdm
+            total, before = run.count_rows(), run.done.state.rows
+            with tqdm(
+                total=total, initial=before, unit="row", unit_scale=True, delay=1.0, leave=False, file=sys.stderr
+            ) as bar:
+
+                def show(n_rows: int, n_bytes: int, run: _Run) -> None:
+                    speed = n_bytes / max(bar.format_dict["elapsed"], 1e-9)
+                    loss = run._stream._reduced("mean")
+                    bar.set_postfix_str(f"{tqdm.format_sizeof(speed, 'B')}/s, loss {loss:.6g}", refresh=False)
+                    bar.update(n_rows)
+
+                yield show
+            return
+    yield lambda n_rows, n_bytes, run: None
+
+
+def score_file(
+    logits: Paths,
+    targets: Paths | None = None,
+    *,
+    weight: npt.ArrayLike | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    log_probs: bool = False,
+    details: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    max_memory: int = 256 * 2**20,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> FileScores:
+    """Cross-entropy of logits in files, which may be larger than the memory.
+
+    Parameters
+    ----------
+    logits : path, or sequence of paths
+        A ``.npy`` file, which is memory-mapped and read in chunks; a member of an ``.npz`` file (``FILE.npz:NAME``, or
+        the one called logits) or, with `pyarrow`, a column of lists of a Parquet or Arrow file
+        (``FILE.parquet:NAME``), which are read into memory; or many of them, *shards* that follow one another in the
+        order of their names: a directory, a pattern such as ``"logits-*.npy"``, or a list. Each holds an array of shape
+        ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``.
+    targets : path, or sequence of paths, optional
+        Class indices or class probabilities, as :func:`fastloss.cross_entropy` takes them, in as many files. Those of
+        directories are paired by their names without suffix, those of patterns by what the wildcards stand for, those
+        of lists by their order. Without it the files of `logits` are ``.npz`` files that hold both.
+    weight, ignore_index, label_smoothing
+        As in :func:`fastloss.cross_entropy`.
+    reduction : {'mean', 'sum'}
+        Which loss to report.
+    log_probs : bool
+        Whether `logits` holds log-probabilities, to be scored by :func:`fastloss.nll_loss`.
+    details : bool
+        Whether to find the accuracy and the worst rows as well, for which each chunk is read once more.
+    output : path, optional
+        A ``.npy`` file for the loss of every row. It is put in place when it is complete.
+    max_memory : int
+        How many bytes to use for data, beyond the system's cache of the files.
+    resume : path, optional
+        A file for the state of the run, which is saved every few seconds, at the end, and when something fails. A run
+        with the same files and options goes on from there, and ends in the same bits.
+    progress : bool
+        Whether to show a progress bar on standard error: if that is a terminal, and `tqdm` is installed.
+
+    Returns
+    -------
+    FileScores
+        The loss, the perplexity, counts, and what `details` asks for.
+
+    Raises
+    ------
+    ScoreError
+        (A ValueError) for a file that is missing, damaged or does not fit, which it names; it holds what was scored
+        before. Also for a state of other files or options.
+    ValueError, TypeError
+        For options that no call could have.
+
+    See Also
+    --------
+    fastloss.cross_entropy : The loss.
+    fastloss.streaming.CrossEntropy : The same for chunks that come from elsewhere.
+
+    Notes
+    -----
+    The loss has the bits that one call over all rows gives, for every size of chunks and shards, and for a run that was
+    interrupted, killed included.
+
+    What was read of a file is unmapped at once, so that it stays in the system's cache alone. The state is written to
+    another file that then takes its place, and only after the losses that it speaks of have reached the disk.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> import fastloss
+    >>> logits, labels = np.array([[2.0, 0.5], [0.1, 0.2], [1.0, -1.0]]), np.array([0, 1, 1])
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     for i, rows in enumerate((slice(0, 2), slice(2, 3))):
+    ...         np.save(Path(place, f"logits-{i}.npy"), logits[rows])
+    ...         np.save(Path(place, f"labels-{i}.npy"), labels[rows])
+    ...     found = fastloss.score_file(f"{place}/logits-*.npy", f"{place}/labels-*.npy")
+    >>> print(found.loss.round(6), found.n_rows)
+    0.990913 3
+    """
+    stream: streaming.CrossEntropy | streaming.NLL
+    if log_probs:
+        if label_smoothing:
+            raise ValueError(
+                f"label_smoothing: got {label_smoothing} with log_probs, which takes the target's log-probability alone"
+            )
+        stream = streaming.NLL(weight, ignore_index=ignore_index, reduction=reduction)
+    else:
+        stream = streaming.CrossEntropy(
+            weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+    memory = _validation.check_integer(max_memory, "max_memory")
+    if memory < 1:
+        raise ValueError(f"max_memory: got {memory}, expected a number of bytes")
+    pairs = _pair_files(logits, targets)
+    writer = None if output is None else _Output(os.fspath(output), resume is not None)
+    saved = None
+    if resume is not None:
+        held_weight = None if stream.weight is None else stream.weight.astype(np.float64)
+        options = {
+            "function": "nll_loss" if log_probs else "cross_entropy",
+            "weight": None if held_weight is None else hashlib.sha256(held_weight.tobytes()).hexdigest(),
+            "ignore_index": str(stream.ignore_index),
+            "label_smoothing": repr(stream.label_smoothing),
+            "details": details,
+            "output": None if writer is None else str(writer.path),
+        }
+        saved = _Saved(os.fspath(resume), options, pairs)
+    run = _Run(pairs, stream, memory, details, writer, saved)
+    try:
+        with _progress(run, progress) as show:
+            run.run(show)
+    except BaseException as error:
+        if isinstance(error, ScoreError):
+            error.scores = run.scores()
+        run.save_after_failure()
+        raise
+    return run.scores()

@@ -1,0 +1,571 @@
+"""Scoring files: shards, bounded memory, runs that are killed and go on, files that are missing or damaged.
+
+The losses are compared with one call over all rows, and with float64 formulas in ``test_cli.py``. What happens to a
+process (memory, SIGKILL) is tried in processes of their own.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastloss
+from fastloss import cli, files
+from fastloss.files import ScoreError
+
+ERROR = "fastloss: error: "
+
+
+@pytest.fixture
+def shards(tmp_path, rng, monkeypatch):
+    """Ten pairs of shards of 20 rows, numbered so that they do not sort as text; all their rows."""
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    Path("t").mkdir()
+    logits, targets = rng.normal(0, 9, (200, 7)).astype(np.float32), rng.integers(0, 7, 200)
+    targets[::9] = -100
+    for i, rows in enumerate(np.split(np.arange(200), 10), start=1):
+        np.save(f"x/part-{i}.npy", logits[rows])
+        np.save(f"t/part-{i}.npy", targets[rows])
+    return logits, targets
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Seven rows of seven float32 at a time."""
+    monkeypatch.setattr(files, "CHUNK_BYTES", 7 * (7 * 4 + files._ROW_BYTES))
+
+
+def same(got, expected):
+    assert type(got) is type(expected)
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    assert got.tobytes() == expected.tobytes()
+
+
+def listing():
+    return sorted(path.name for path in Path().iterdir())
+
+
+class TestShards:
+    @pytest.mark.parametrize(
+        ("x", "t"),
+        [
+            ("x", "t"),
+            ("x/*.npy", "t/*.npy"),
+            ("x/part-*.npy", "t"),
+            (Path("x"), "[!x]/part-*.np?"),
+            ("x/part-[1-9]*.npy", "t/part-[1-9]*.npy"),
+            ("**/x/part-*.npy", "**/t/part-*.npy"),
+            ([f"x/part-{i}.npy" for i in range(1, 11)], [Path(f"t/part-{i}.npy") for i in range(1, 11)]),
+        ],
+        ids=str,
+    )
+    def test_many_files_are_one(self, shards, x, t):
+        logits, targets = shards
+        found = fastloss.score_file(x, t, details=True, output="out.npy")
+        same(found.loss, fastloss.cross_entropy(logits, targets))
+        losses = np.load("out.npy")
+        same(losses, fastloss.cross_entropy(logits, targets, reduction="none"))
+        assert (found.n_rows, found.n_kept, found.n_classes) == (200, (targets >= 0).sum(), 7)
+        assert found.n_shards == found.n_scored_shards == 10
+        assert found.n_correct == (logits.argmax(1) == targets).sum()
+        assert [row.loss for row in found.worst] == sorted(losses.tolist(), reverse=True)[:5]
+        for row in found.worst:
+            number = int(row.file.removeprefix("x/part-").removesuffix(".npy"))
+            assert losses[20 * (number - 1) + row.position[0]] == row.loss
+
+    def test_the_members_of_archives(self, shards):
+        logits, targets = shards
+        Path("both").mkdir()
+        for i, rows in enumerate(np.split(np.arange(200), 4)):
+            np.savez(f"both/{i}.npz", logits=logits[rows], labels=targets[rows], other=targets[rows])
+        expected = fastloss.cross_entropy(logits, targets)
+        same(fastloss.score_file("both").loss, expected)
+        same(fastloss.score_file("both/*.npz:logits", "both/*.npz:other").loss, expected)
+        with pytest.raises(ScoreError, match=r"both/0.npz: logits takes \d+ bytes .* more than the 1000 allowed"):
+            fastloss.score_file("both", max_memory=1000)
+
+    def test_the_columns_of_parquet_and_arrow_files(self, shards):
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        logits, targets = shards
+        for place in ("p", "a"):
+            Path(place).mkdir()
+        for i, rows in enumerate(np.split(np.arange(200), 4)):
+            matrix = arrow.FixedSizeListArray.from_arrays(logits[rows].reshape(-1), 7)
+            table = arrow.table({"id": rows, "logits": matrix, "labels": targets[rows]})
+            parquet.write_table(table, f"p/{i}.parquet", row_group_size=30)
+            with arrow.OSFile(f"a/{i}.arrow", "wb") as sink, arrow.ipc.new_file(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=30)
+            lists = arrow.table({"logits": matrix.cast(arrow.list_(arrow.float32()))})
+            parquet.write_table(lists, f"p/lists-{i}.parquet")
+        expected = fastloss.cross_entropy(logits, targets)
+        same(fastloss.score_file("p/?.parquet").loss, expected)
+        same(fastloss.score_file("a").loss, expected)
+        same(fastloss.score_file("p/?.parquet:logits", "a/?.arrow:labels").loss, expected)
+        same(fastloss.score_file("p/lists-?.parquet", "a/?.arrow:labels").loss, expected)
+        for name in ("p/0.parquet", "a/0.arrow"):
+            with pytest.raises(ScoreError, match=rf"{name}: logits takes \d+ bytes of memory"):
+                fastloss.score_file(name, max_memory=1000)
+        ragged = arrow.table({"logits": arrow.array([[1.0, 2.0], [3.0]]), "labels": arrow.array([0, None])})
+        parquet.write_table(ragged, "ragged.parquet")
+        with pytest.raises(ScoreError, match=r"ragged.parquet: logits has lists of several lengths"):
+            fastloss.score_file("ragged.parquet")
+        with pytest.raises(ScoreError, match=r"ragged.parquet: labels has missing values"):
+            fastloss.score_file("ragged.parquet:labels", "x/part-1.npy")
+        truncate("p/0.parquet")
+        with pytest.raises(ScoreError, match=r"p/0.parquet: cannot be read, truncated or damaged"):
+            fastloss.score_file("p/0.parquet")
+
+    def test_parquet_without_pyarrow(self, shards, monkeypatch):
+        Path("x.parquet").write_bytes(b"PAR1" * 9)
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(ScoreError, match=r"x.parquet: Parquet and Arrow files are read by pyarrow"):
+            fastloss.score_file("x.parquet")
+
+    @pytest.mark.parametrize("chunk", [1, 100, 1000, 1 << 20])
+    @pytest.mark.parametrize("shape", [(5, 7, 6, 4, 2), (3, 7, 40), (2, 7, 0), (0, 7), (7,)])
+    def test_chunks_of_any_shape(self, tmp_path, rng, monkeypatch, shape, chunk):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(files, "CHUNK_BYTES", chunk)
+        logits = rng.normal(size=shape)
+        targets = np.asarray(rng.integers(0, 7, shape[:1] + shape[2:] if len(shape) > 1 else ()))
+        np.save("x.npy", logits)
+        np.save("t.npy", targets)
+        found = fastloss.score_file("x.npy", "t.npy", output="out.npy", details=True, reduction="sum")
+        same(found.loss, fastloss.cross_entropy(logits, targets, reduction="sum"))
+        same(np.load("out.npy"), np.asarray(fastloss.cross_entropy(logits, targets, reduction="none")))
+        losses = np.load("out.npy")
+        assert [losses[row.position] for row in found.worst] == sorted(losses.reshape(-1), reverse=True)[:5]
+
+    def test_options(self, shards):
+        logits, targets = shards
+        weight = np.linspace(0, 2, 7)
+        options = {"weight": weight, "label_smoothing": 0.1, "ignore_index": 3, "reduction": "sum"}
+        for i in range(1, 11):
+            np.save(f"t/part-{i}.npy", np.maximum(np.load(f"t/part-{i}.npy"), 0))
+        found = fastloss.score_file("x", "t", **options)
+        same(found.loss, fastloss.cross_entropy(logits, np.maximum(targets, 0), **options))
+        assert found.n_correct is None
+        assert found.worst == ()
+        assert np.isnan(found.accuracy)
+        options.pop("label_smoothing")
+        same(
+            fastloss.score_file("x", "t", log_probs=True, **options).loss,
+            fastloss.nll_loss(logits, np.maximum(targets, 0), **options),
+        )
+
+    def test_class_probabilities(self, shards, rng):
+        logits, _ = shards
+        soft = rng.dirichlet(np.ones(7), 200)
+        for i, rows in enumerate(np.split(np.arange(200), 10), start=1):
+            np.save(f"t/part-{i}.npy", soft[rows])
+        found = fastloss.score_file("x", "t", details=True, output="out.npy")
+        same(found.loss, fastloss.cross_entropy(logits, soft))
+        same(np.load("out.npy"), fastloss.cross_entropy(logits, soft, reduction="none"))
+        assert found.n_correct == (logits.argmax(1) == soft.argmax(1)).sum()
+
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"log_probs": True, "label_smoothing": 0.1}, ValueError, "label_smoothing: got 0.1 with log_probs"),
+            ({"reduction": "none"}, ValueError, "reduction: got 'none', expected one of 'mean', 'sum'"),
+            ({"max_memory": 0}, ValueError, "max_memory: got 0"),
+            ({"max_memory": 1.5}, TypeError, "max_memory: got 1.5, expected an integer"),
+            ({"weight": np.ones(6)}, ValueError, r"weight: got shape \(6,\)"),
+        ],
+    )
+    def test_bad_options(self, shards, options, error, message):
+        with pytest.raises(error, match=message):
+            fastloss.score_file("x", "t", **options)
+
+    @pytest.mark.parametrize(
+        ("x", "t", "message"),
+        [
+            ("x", "t/part-1.npy", "x: several files, expected one, as t/part-1.npy is"),
+            ("y*", "t", "y*: no file of that pattern"),
+            ("none.npy", "t/part-1.npy", "none.npy: No such file or directory"),
+        ],
+    )
+    def test_bad_paths(self, shards, x, t, message):
+        with pytest.raises(ScoreError) as caught:
+            fastloss.score_file(x, t)
+        assert str(caught.value).startswith(message)
+
+
+def truncate(path):
+    Path(path).write_bytes(Path(path).read_bytes()[:-1])
+
+
+def remove(path):
+    Path(path).unlink()
+
+
+def exceed(path):
+    targets = np.load(path)
+    targets[17] = 7
+    np.save(path, targets)
+
+
+DAMAGE = [
+    (lambda: truncate("x/part-4.npy"), "x/part-4.npy: cannot be read, truncated or damaged ("),
+    (lambda: Path("t/part-4.npy").write_text("hello"), "t/part-4.npy: neither a .npy nor a .npz file"),
+    (lambda: remove("x/part-4.npy"), "t/part-4.npy: no logits of that name in x"),
+    (lambda: remove("t/part-4.npy"), "x/part-4.npy: no targets of that name in t"),
+    (lambda: np.save("x/part-4.npy", np.zeros((20, 6), np.float32)), "x/part-4.npy: got a chunk with classes 6"),
+    (lambda: np.save("x/part-4.npy", np.zeros((0, 6), np.float32)), "t/part-4.npy: got shape (20,) for input"),
+    (lambda: np.save("x/part-4.npy", np.zeros((20, 7))), "x/part-4.npy: got a chunk with dtype float64, expected"),
+    (lambda: exceed("t/part-4.npy"), "t/part-4.npy: got 7 at 17, expected a class in [0, 6]"),
+    (lambda: np.save("t/part-4.npy", np.zeros(19, int)), "t/part-4.npy: got shape (19,) for input of shape (20, 7)"),
+]
+
+
+class TestDamage:
+    @pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
+    def test_what_was_scored_before_a_bad_shard_is_not_lost(self, shards, capsys, damage, message):
+        logits, targets = shards
+        held = {name: Path(name).read_bytes() for name in ("x/part-4.npy", "t/part-4.npy")}
+        damage()
+        before = listing()
+        with pytest.raises(ScoreError) as caught:
+            fastloss.score_file("x", "t", output="lost.npy")
+        assert str(caught.value).startswith(message)
+        assert listing() == before
+        scores = caught.value.scores
+        n_scored = scores.n_rows
+        assert scores.n_scored_shards == 3
+        same(scores.loss, fastloss.cross_entropy(logits[:n_scored], targets[:n_scored]))
+
+        command = ["score", "x", "t", "--resume", "state", "--output", "out.npy"]
+        assert cli.main(command) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"{ERROR}{message}")
+        assert err.endswith(f"(before it: 3 shards, {n_scored} rows, mean loss {scores.mean})\n")
+        assert err.count("\n") == 1
+        assert not Path("out.npy").exists()
+
+        for name, content in held.items():
+            Path(name).write_bytes(content)
+        for name in (f"{kind}/part-{i}.npy" for i in range(1, 4) for kind in "xt"):  # they are not read again
+            status = Path(name).stat()
+            with Path(name).open("r+b") as file:
+                file.seek(128)
+                file.write(b"\7" * (status.st_size - 128))
+            os.utime(name, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert cli.main([*command, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == float(fastloss.cross_entropy(logits, targets))
+        same(np.load("out.npy"), fastloss.cross_entropy(logits, targets, reduction="none"))
+
+    def test_a_file_that_is_truncated_while_it_is_read(self, shards, monkeypatch):
+        score = files._Run._score
+
+        def score_and_truncate(run, pair, *arguments):
+            if pair.logits == "x/part-4.npy":
+                os.truncate(pair.logits, 200)
+            score(run, pair, *arguments)
+
+        monkeypatch.setattr(files._Run, "_score", score_and_truncate)
+        with pytest.raises(ScoreError, match=r"x/part-4.npy: truncated while it was read"):
+            fastloss.score_file("x", "t")
+
+    def test_rows_that_cannot_follow_each_other(self, shards):
+        np.save("x/part-4.npy", np.zeros((20, 7, 2), np.float32))
+        np.save("t/part-4.npy", np.zeros((20, 2), int))
+        assert fastloss.score_file("x", "t").n_rows == 220
+        with pytest.raises(ScoreError, match=r"out.npy: rows of shape \(20, 2\) cannot follow those of shape \(20,\)"):
+            fastloss.score_file("x", "t", output="out.npy")
+
+
+def stop_after(monkeypatch, n_chunks, error=KeyboardInterrupt):
+    """Interrupt the scoring of a chunk."""
+    score = files._Run._score
+    count = iter(range(n_chunks))
+
+    def score_or_stop(*arguments):
+        if next(count, None) is None:
+            raise error
+        score(*arguments)
+
+    monkeypatch.setattr(files._Run, "_score", score_or_stop)
+
+
+class TestResume:
+    @pytest.mark.parametrize("n_chunks", [1, 3, 4, 29])
+    def test_an_interrupted_run_goes_on_and_ends_in_the_same_bits(self, shards, monkeypatch, n_chunks):
+        logits, targets = shards
+        options = {"output": "out.npy", "resume": "state", "details": True}
+        with monkeypatch.context() as patch:
+            stop_after(patch, n_chunks)
+            with pytest.raises(KeyboardInterrupt):
+                fastloss.score_file("x", "t", **options)
+        assert not Path("out.npy").exists()
+        monkeypatch.setattr(files, "CHUNK_BYTES", 1000)  # (the bits do not depend on it)
+        count = iter(range(1000))
+        score = files._Run._score
+        monkeypatch.setattr(files._Run, "_score", lambda *a: (next(count), score(*a)))
+        found = fastloss.score_file("x", "t", **options)
+        assert found == fastloss.score_file("x", "t", details=True)
+        same(found.loss, fastloss.cross_entropy(logits, targets))
+        same(np.load("out.npy"), fastloss.cross_entropy(logits, targets, reduction="none"))
+        assert listing() == ["out.npy", "state", "t", "x"]
+        assert Path("state").stat().st_size < 5000
+
+    def test_a_finished_run_is_not_scored_again(self, shards, monkeypatch):
+        options = {"output": "out.npy", "resume": "state"}
+        found = fastloss.score_file("x", "t", **options)
+        stop_after(monkeypatch, 0)
+        assert fastloss.score_file("x", "t", **options) == found
+
+    def test_more_shards_may_follow(self, shards, rng):
+        logits, targets = shards
+        fastloss.score_file("x", "t", resume="state")
+        np.save("x/part-11.npy", logits[:9])
+        np.save("t/part-11.npy", targets[:9])
+        expected = fastloss.cross_entropy(np.r_[logits, logits[:9]], np.r_[targets, targets[:9]])
+        same(fastloss.score_file("x", "t", resume="state").loss, expected)
+
+    def test_rows_of_images(self, tmp_path, rng, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        logits, targets = rng.normal(size=(3, 7, 5, 4)), rng.integers(0, 7, (3, 5, 4))
+        np.save("x.npy", logits)
+        np.save("t.npy", targets)
+        for n_chunks in range(1, 8):
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "CHUNK_BYTES", 8 * (7 * 8 + files._ROW_BYTES))
+                stop_after(patch, n_chunks)
+                with pytest.raises(KeyboardInterrupt):
+                    fastloss.score_file("x.npy", "t.npy", output="out.npy", resume="state")
+            monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 20)
+            found = fastloss.score_file("x.npy", "t.npy", output="out.npy", resume="state")
+            same(found.loss, fastloss.cross_entropy(logits, targets))
+            same(np.load("out.npy"), fastloss.cross_entropy(logits, targets, reduction="none"))
+            Path("state").unlink()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"ignore_index": 1}, "ignore_index -100, where this one has 1"),
+            ({"label_smoothing": 0.5}, "label_smoothing 0.0, where this one has 0.5"),
+            ({"weight": np.ones(7)}, "weight None, where this one has"),
+            ({"log_probs": True}, "function cross_entropy, where this one has nll_loss"),
+            ({"output": "out.npy"}, "output None, where this one has"),
+            ({"logits": "y"}, "x/part-1.npy and .*t/part-1.npy, where this one has other files"),
+            (
+                {"targets": [f"t/part-{i}.npy" for i in (1, 2, 4, 3, 5, 6, 7, 8, 9, 10)]},
+                "where this one has other files",
+            ),
+            ({"logits": "x/part-1.npy", "targets": "t/part-1.npy"}, "where this one has other files"),
+        ],
+    )
+    def test_a_state_of_other_inputs_or_options_is_refused(self, shards, change, message):
+        fastloss.score_file("x", "t", resume="state")
+        Path("y").mkdir()
+        for path in Path("x").iterdir():
+            Path("y", path.name).write_bytes(path.read_bytes())
+        arguments = {"logits": "x", "targets": "t", "resume": "state", **change}
+        if isinstance(arguments["targets"], list):
+            arguments["logits"] = [f"x/part-{i}.npy" for i in range(1, 11)]
+        held = Path("state").read_bytes()
+        with pytest.raises(
+            ScoreError, match=rf"(?s)state: the state of a run with .*{message}.*delete it to start anew"
+        ):
+            fastloss.score_file(**arguments)
+        assert Path("state").read_bytes() == held
+
+    def test_a_changed_shard_is_refused(self, shards):
+        fastloss.score_file("x", "t", resume="state")
+        np.save("x/part-2.npy", np.load("x/part-2.npy") + 1)
+        with pytest.raises(ScoreError, match=r"x/part-2.npy and .* which have changed"):
+            fastloss.score_file("x", "t", resume="state")
+
+    @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": "fastloss score, state 0"}', "\0" * 100])
+    def test_what_is_no_state_is_refused(self, shards, content):
+        Path("state").write_text(content)
+        with pytest.raises(ScoreError, match="state: not the state of a run, or damaged"):
+            fastloss.score_file("x", "t", resume="state")
+        assert Path("state").read_text() == content
+
+    def test_losses_that_are_gone_are_missed(self, shards, monkeypatch):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 5)
+            with pytest.raises(KeyboardInterrupt):
+                fastloss.score_file("x", "t", output="out.npy", resume="state")
+        partial = Path(".fastloss-out.npy.partial")
+        os.truncate(partial, 140)
+        with pytest.raises(ScoreError, match="lacks losses scored before"):
+            fastloss.score_file("x", "t", output="out.npy", resume="state")
+        partial.unlink()
+        with pytest.raises(ScoreError, match="losses scored before are not there"):
+            fastloss.score_file("x", "t", output="out.npy", resume="state")
+
+    def test_a_state_that_cannot_be_written(self, shards):
+        with pytest.raises(ScoreError, match="none/state: No such file or directory"):
+            fastloss.score_file("x", "t", resume="none/state")
+        with pytest.raises(ScoreError, match="x: Is a directory"):
+            fastloss.score_file("x", "t", resume="x")
+
+
+# Score slowly, saving after each chunk, and say so.
+SLOWLY = """
+import sys, time
+from fastloss import cli, files
+files.CHUNK_BYTES, files.SAVE_SECONDS = 1000, 0.0
+score = files._Run._score
+def slowly(*arguments):
+    score(*arguments)
+    print("chunk", flush=True)
+    time.sleep(0.02)
+files._Run._score = slowly
+sys.exit(cli.main(["score", "x", "t", "--resume", "state", "--output", "out.npy", "--json"]))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_killed_again_and_again(shards, capfd):
+    logits, targets = shards
+    expected = fastloss.cross_entropy(logits, targets)
+    for n_chunks in (5, 9):
+        with subprocess.Popen([sys.executable, "-c", SLOWLY], stdout=subprocess.PIPE, text=True) as child:
+            for _ in range(n_chunks):
+                assert child.stdout.readline() == "chunk\n"
+            child.send_signal(signal.SIGKILL)
+        assert child.returncode == -signal.SIGKILL
+        assert not Path("out.npy").exists()
+    done = json.loads(Path("state").read_text())["done"]
+    assert 40 <= 20 * done["shards"] + done["rows"] < 200
+    assert cli.main(["score", "x", "t", "--resume", "state", "--output", "out.npy", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["loss"] == float(expected)
+    assert found["rows"] == 200
+    same(np.load("out.npy"), fastloss.cross_entropy(logits, targets, reduction="none"))
+    assert listing() == ["out.npy", "state", "t", "x"]
+
+
+# Score, and report the peak of the memory that is not the system's cache of files, in KiB, and the loss.
+MEASURED = """
+import sys, threading, time
+from pathlib import Path
+from fastloss import cli
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    held = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
+    return int(held["RssAnon"]), int(held["RssAnon"]) + int(held["RssFile"])
+peaks, stop = [anonymous()], threading.Event()
+def watch():
+    while not stop.wait(0.001):
+        peaks.append(anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+status = cli.main(sys.argv[1:])
+stop.set()
+watcher.join()
+print(max(a for a, _ in peaks), max(b for _, b in peaks))
+sys.exit(status)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_shards_larger_than_the_memory_allowed(tmp_path, rng, monkeypatch):
+    """320 MB in four shards with the whole process, interpreter and compiler included, under 256 MiB."""
+    monkeypatch.chdir(tmp_path)
+    Path("x").mkdir()
+    Path("t").mkdir()
+    block = rng.normal(size=(1000, 1000)).astype(np.float32)
+    targets = rng.integers(0, 1000, 80_000)
+    for i in range(4):
+        shard = np.lib.format.open_memmap(f"x/{i}.npy", "w+", np.float32, (20_000, 1000))
+        for j in range(20):
+            np.add(block, i + j, out=shard[1000 * j : 1000 * (j + 1)])
+        np.save(f"t/{i}.npy", targets[20_000 * i : 20_000 * (i + 1)])
+    fastloss.score_file("x/0.npy", "t/0.npy")  # compiled, and in the cache
+    command = [
+        sys.executable,
+        "-c",
+        MEASURED,
+        "score",
+        "x",
+        "t",
+        "--output",
+        "out.npy",
+        "--max-memory",
+        "64MiB",
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    report, peaks = done.stdout.splitlines()
+    anonymous, everything = (int(peak) / 1024 for peak in peaks.split())
+    assert sum(path.stat().st_size for path in Path("x").iterdir()) > 300 * 2**20
+    assert anonymous < 256
+    assert everything < 400
+    maps = [np.load(f"x/{i}.npy", mmap_mode="r") for i in range(4)]
+    pairs = list(zip(maps, np.split(targets, 4), strict=True))
+    losses = np.concatenate([fastloss.cross_entropy(x, t, reduction="none") for x, t in pairs])
+    same(np.load("out.npy"), losses)
+    total = fastloss.streaming.CrossEntropy()
+    for i in (2, 0, 3, 1):
+        total.update(*pairs[i])
+    assert json.loads(report)["loss"] == float(total.compute())
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("1000", 1000), ("1k", 1024), ("1.5 KiB", 1536), ("256MiB", 2**28), ("2GB", 2**31), ("1t", 2**40)],
+)
+def test_sizes(text, n_bytes):
+    assert cli._size(text) == n_bytes
+
+
+def test_command_line_of_shards(shards, capsys):
+    logits, targets = shards
+    assert cli.main(["score", "x", "t", "--max-memory", "1MiB"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "shards         10\n" in out
+    assert f"cross-entropy  {fastloss.cross_entropy(logits, targets)!s} (mean)\n" in out
+    worst = int(fastloss.cross_entropy(logits, targets, reduction="none").argmax())
+    assert f"x/part-{worst // 20 + 1}.npy: {worst % 20} " in out
+    assert cli.main(["score", "x", "t", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["shards"] == 10
+    assert found["worst"][0]["file"] == f"x/part-{worst // 20 + 1}.npy"
+    assert cli.main(["score", "x", "t", "--max-memory", "much"]) == 2
+    assert "argument --max-memory: invalid size: 'much'" in capsys.readouterr().err
+
+
+def test_progress_of_shards(shards, monkeypatch):
+    """Rows of all shards, bytes per second and the running loss, on a terminal of our own."""
+    pty = pytest.importorskip("pty")
+    pytest.importorskip("tqdm")
+    termios = pytest.importorskip("termios")
+    reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 120))
+    clock = [0.0]
+    score = files._Run._score
+
+    def slow_score(*arguments):
+        clock[0] += 0.5
+        score(*arguments)
+
+    monkeypatch.setattr(files._Run, "_score", slow_score)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        loss = fastloss.score_file("x", "t", progress=True).loss
+        stream.flush()
+        os.set_blocking(reader, False)
+        shown = ""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                shown += os.read(reader, 1 << 16).decode(errors="replace")
+    os.close(reader)
+    assert "/200" in shown
+    assert "row/s" in shown
+    assert "B/s, loss " in shown
+    assert f"loss {loss:.6g}" in shown

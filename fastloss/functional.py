@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastloss import _reduction, _validation, _views
+from fastloss import _forks, _reduction, _validation, _views
 from fastloss._validation import Array
 
 __all__ = ["cross_entropy", "kl_div", "log_softmax", "logsumexp", "nll_loss", "softmax"]
@@ -465,9 +465,7 @@ def _scalar(value: float, dtype: np.dtype[Any]) -> Any:
 @functools.cache
 def _late_runtime() -> Any:
     """What runs the kernels, imported with the first call."""
-    from fastloss import _runtime
-
-    return _runtime
+    return _forks.runtime()
 
 
 @functools.lru_cache(maxsize=8)
@@ -591,9 +589,9 @@ def _probability_loss(
     logits: Array, target: Array, axis: int, weights: Array | None, reduction: str, label_smoothing: float
 ) -> Any:
     """Cross-entropy with class probabilities."""
+    runtime = _late_runtime()
     from fastloss._kernels import losses
 
-    runtime = _late_runtime()
     n_classes = logits.shape[axis]
     shape = _validation.row_shape(logits.shape, axis)
     dtype = _views.compute_dtype(logits.dtype, target.dtype)
@@ -632,9 +630,9 @@ def _kl_pointwise(
     wants_rows: bool,
 ) -> tuple[float, Array | None]:
     """The sum of the pointwise divergence, or (else 0 and None) the pointwise divergence."""
+    runtime = _late_runtime()
     from fastloss._kernels import pointwise
 
-    runtime = _late_runtime()
     out = np.empty(shape, dtype) if wants_rows else None
     total = 0.0
     if math.prod(shape):
@@ -650,9 +648,9 @@ def _kl_pointwise(
 
 def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Log-sum-exp over some axes, which are gone from the result."""
+    runtime = _late_runtime()
     from fastloss._kernels import losses
 
-    runtime = _late_runtime()
     shape = tuple(n for a, n in enumerate(values.shape) if a not in axes)
     n_classes = math.prod(values.shape[a] for a in axes)
     out = np.empty(shape, dtype)
@@ -681,9 +679,9 @@ def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Ar
 
 def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
     """Both of :func:`softmax` and :func:`log_softmax`."""
+    runtime = _late_runtime()
     from fastloss._kernels import outputs
 
-    runtime = _late_runtime()
     values = _validation.as_real(input, "input")
     axis = _validation.check_axis(-1 if axis is _UNSET else axis, values.ndim)
     dtype = _views.compute_dtype(values.dtype)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastloss import _labels, _reduction, _validation, _views, functional
+from fastloss import _forks, _labels, _reduction, _validation, _views, functional
 from fastloss._labels import ParameterError, Target
 from fastloss._validation import Array
 
@@ -616,7 +616,6 @@ def _run(
     kernel: "Kernel", scores: Array, codes: Array, weights: Array, parameters: tuple[float, float]
 ) -> tuple[float, float, int, int]:
     """The sums of the weighted values and of the weights, and how often the kernel met each fault."""
-    from fastloss import _runtime
     from fastloss._kernels.scores import N_TILES
     from fastloss._kernels.sums import STATE_SIZE
 
@@ -627,7 +626,7 @@ def _run(
     for rows, x in _readable_pieces(scores):
         flat, (*_, origin) = _views.flatten(x)
         table = _geometry(x, origin // x.itemsize)
-        total, weight_sum, *faults = _runtime.run(
+        total, weight_sum, *faults = _forks.runtime().run(
             kernel, x.size, int(table[N_TILES]), totals, flat, codes[rows], flat_weights[rows], table, options
         )
         invalid += faults[0]

@@ -1,11 +1,17 @@
 """The one place that compiles: options, the serial and the parallel form of a kernel, and what a helper costs.
 
-Numba compiles every function that another calls to machine code of its own, with wrappers to call it from Python,
-before the caller, into which LLVM has inlined it, is compiled. For the helpers of the kernels that work is thrown away:
-:func:`inline` and :func:`subroutine` leave it out, which halves the time of a first call.
+Numba optimises every function that another calls, with all that it calls in turn, and compiles it to machine code of
+its own, with wrappers to call it from Python, before the caller, into which LLVM has inlined it, is compiled. For the
+helpers of the kernels that work is thrown away: :func:`inline` and :func:`subroutine` leave it out, and LLVM optimises
+the code of a kernel once, as a whole.
 """
 
+import itertools
+import os
+
 from numba import config, njit
+from numba.core.bytecode import FunctionIdentity
+from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.lowering import Lower
@@ -19,6 +25,12 @@ __all__ = ["Kernel", "allocating", "inline", "subroutine"]
 # rounding of every operation are those of the source.
 _OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
 
+# Numba tells functions of one name and signature, as the closures of the kernels are, apart by a number that counts the
+# functions of the process, and the linker resolves a name to the first function loaded under it. So where two kernels
+# are loaded that two processes have compiled and kept, one could call a function of the other's. A random beginning
+# keeps the numbers of all processes apart.
+FunctionIdentity._unique_ids = itertools.count(int.from_bytes(os.urandom(7), "little"))
+
 
 class _HelperLower(Lower):
     """Keep a subroutine out of line: LLVM would inline one that is called once, and take longer."""
@@ -27,6 +39,18 @@ class _HelperLower(Lower):
         super().setup_function(fndesc)
         if not fndesc.inline:
             self.function.attributes.add("noinline")
+
+
+class _HelperLibrary(JITCodeLibrary):
+    """The code of a helper and of what it calls, for its callers to link: neither optimised nor compiled."""
+
+    def finalize(self):
+        self._raise_if_finalized()
+        for library in dict.fromkeys(self._linking_libraries):
+            self._reload_init.update(library._reload_init)
+            self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+        self._finalize_dynamic_globals()
+        self._finalized = True
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -41,6 +65,7 @@ class _HelperLowering(NativeLowering):
 
     def run_pass(self, state):
         state.flags.no_compile = True
+        state.library = _HelperLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         super().run_pass(state)
         # Numba's tables want a builtin function of its own for each; this one raises when Python calls it.
         stand_in = {}.popitem

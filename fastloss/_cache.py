@@ -20,6 +20,7 @@ import secrets
 import stat
 import sys
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def stamp() -> str:
     )
     flags = (sys.abiflags if hasattr(sys, "abiflags") else "", bool(numba.config.BOUNDSCHECK), str(numba.config.OPT))
     digest = hashlib.sha256(repr((versions, flags)).encode())
-    for path in sorted((Path(__file__).parent / "_kernels").glob("*.py")):
+    sources = (path for path in files("fastloss._kernels").iterdir() if path.name.endswith(".py"))
+    for path in sorted(sources, key=lambda path: path.name):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -124,7 +126,8 @@ class DiskCache(_Cache):  # type: ignore[misc] # Numba has no types, so its base
 
     @property
     def cache_path(self) -> str:
-        return str(self._folder())
+        place = directory()
+        return "" if place is None else str(place / stamp())
 
     def enable(self) -> None:
         self._enabled = True

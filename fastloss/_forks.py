@@ -52,9 +52,9 @@ def is_fork() -> bool:
 def _compiler_locks() -> list[Any]:
     """Numba's and LLVM's locks, if these are loaded."""
     locks = []
-    numba_lock = sys.modules.get("numba.core.compiler_lock")
-    if hasattr(numba_lock, "global_compiler_lock"):
-        locks.append(numba_lock.global_compiler_lock)
+    compiler_lock = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
+    if compiler_lock is not None:
+        locks.append(compiler_lock)
     ffi = sys.modules.get("llvmlite.binding.ffi")
     llvm_lock = getattr(getattr(ffi, "lib", None), "_lock", None)
     if llvm_lock is not None:

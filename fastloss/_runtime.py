@@ -207,3 +207,12 @@ def _run_cut(
         return found
     finally:
         _leave()
+
+
+def target() -> tuple[str, int]:
+    """The CPU that kernels are compiled for, and the bits of its vector registers."""
+    from numba.core.registry import cpu_target
+
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    enabled = {feature[1:] for feature in features.split(",") if feature.startswith("+")}
+    return str(name), 512 if "avx512f" in enabled else 256 if "avx" in enabled else 128

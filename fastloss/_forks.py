@@ -6,7 +6,9 @@ layer or compiling, and under TBB until no thread is inside a parallel region of
 second (:mod:`fastloss._runtime` cuts long calls). Numba is not imported here: the hooks are in place before it is.
 """
 
+import contextlib
 import functools
+import importlib
 import os
 import sys
 import threading
@@ -25,6 +27,8 @@ more_locks: Callable[[], list[Any]] = list
 
 _taken: list[Any] = []
 
+_IMPORTED = ("fastloss", "llvmlite", "numba", "numpy", "scipy")
+
 # In the ninth field of /proc/self/stat: forked, and no program executed since (include/linux/sched.h).
 _PF_FORKNOEXEC = 0x40
 
@@ -33,6 +37,8 @@ _PF_FORKNOEXEC = 0x40
 def runtime() -> Any:
     """:mod:`fastloss._runtime`, which imports Numba, and with it the kernels of the losses."""
     with starting:
+        import numpy.ma  # noqa: F401 (Numba does, when it first sees an array)
+
         from fastloss import _runtime
         from fastloss._kernels import gather, losses, outputs, pointwise  # noqa: F401
     return _runtime
@@ -47,6 +53,14 @@ def is_fork() -> bool:
         return bool(int(fields[6]) & _PF_FORKNOEXEC)
     except (OSError, ValueError, IndexError):
         return False
+
+
+def _wait_for_imports() -> None:
+    """Wait until no other thread is importing a module that a kernel needs; Numba imports some of them late."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in _IMPORTED and getattr(getattr(module, "__spec__", None), "_initializing", False):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
 
 
 def _compiler_locks() -> list[Any]:
@@ -69,6 +83,7 @@ def _before() -> None:
     _take(starting)
     for lock in _compiler_locks():
         _take(lock)
+    _wait_for_imports()
 
 
 def _take(lock: Any) -> None:

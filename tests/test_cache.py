@@ -34,7 +34,8 @@ def _start(cache, before="", path=None, code=CODE, **environment):
         variables["FASTLOSS_CACHE_DIR"] = str(cache)
     variables.update(environment)
     command = [sys.executable, "-c", before + code]
-    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # (Python puts the current directory in front of PYTHONPATH.)
+    return subprocess.Popen(command, env=variables, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _output(process):

@@ -9,6 +9,7 @@ second (:mod:`fastloss._runtime` cuts long calls). Numba is not imported here: t
 import contextlib
 import functools
 import importlib
+import logging  # noqa: F401 (hooks of its own, which must not come between ours: Numba imports it)
 import os
 import sys
 import threading

@@ -76,7 +76,10 @@ def _start_layer() -> str:
     import multiprocessing
 
     # Numba makes a lock of multiprocessing's, whose start method is settled by that: the user may yet want to set it.
+    # In a child of a fork server the lock has a name, of which the resource tracker complains when the child is ended.
     method = multiprocessing.get_start_method(allow_none=True)
+    if method == "forkserver":
+        multiprocessing.set_start_method("spawn", force=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a TBB that is too old, of no shared memory for the lock
@@ -85,8 +88,8 @@ def _start_layer() -> str:
     except Exception:  # the layer that was asked for cannot be loaded
         return _NONE
     finally:
-        if method is None:
-            multiprocessing.set_start_method(None, force=True)
+        if method is None or method == "forkserver":
+            multiprocessing.set_start_method(method, force=True)
 
 
 def layer() -> str:

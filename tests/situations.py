@@ -68,6 +68,8 @@ def fork_before_import_of_fastloss(other):
 
 def threads_from_the_first_call_on():
     """Sixteen threads at once, and forks meanwhile: during the import of Numba, the loading of code and the losses."""
+    import fastloss  # noqa: F401 (without Numba)
+
     failures = []
 
     def work(i):
@@ -207,6 +209,8 @@ def start_method_still_open():
 
 
 def main(everything):
+    fork(start_method_still_open)
+    fork(threads_from_the_first_call_on)
     import numba
 
     @numba.njit(parallel=True)
@@ -216,8 +220,6 @@ def main(everything):
             total += values[i]
         return total
 
-    fork(start_method_still_open)
-    fork(threads_from_the_first_call_on)
     fork(lambda: fork_before_import_of_fastloss(other))
     threads_from_the_first_call_on()
     forks()

@@ -88,7 +88,7 @@ def _start_layer() -> str:
     except Exception:  # the layer that was asked for cannot be loaded
         return _NONE
     finally:
-        if method is None or method == "forkserver":
+        if method in (None, "forkserver"):
             multiprocessing.set_start_method(method, force=True)
 
 

@@ -135,8 +135,10 @@ def test_losses_with_class_indices(data):
 @given(st.data())
 def test_losses_with_class_probabilities_and_divergence(data):
     shape = data.draw(shapes)
-    x = data.draw(arrays((*FLOATS, *INTEGERS), shape))
-    y = data.draw(arrays(FLOATS, shape if data.draw(st.booleans()) else data.draw(shapes)))
+    # (Not every pair of dtypes: each is a kernel of its own to compile.)
+    x_dtypes, y_dtypes = data.draw(st.sampled_from(((("f2", "f4"), ("f4", ">f4")), (("f8", *INTEGERS), ("f8", ">f8")))))
+    x = data.draw(arrays(x_dtypes, shape))
+    y = data.draw(arrays(y_dtypes, shape if data.draw(st.booleans()) else data.draw(shapes)))
     reduction = data.draw(reductions)
     smoothing = data.draw(st.sampled_from((0.0, 0.1, 1.0, -1.0, np.nan, "a", None)))
     ask(fastloss.cross_entropy, x, y, label_smoothing=smoothing, reduction=reduction)
@@ -157,7 +159,7 @@ def test_softmax_and_logsumexp(data):
 @given(st.data())
 @settings(max_examples=40)
 def test_anything_at_every_function(data):
-    anything = (*FLOATS, *INTEGERS, *OTHERS)
+    anything = ("f8", *INTEGERS, *OTHERS)
     first, second = data.draw(arrays(anything, data.draw(shapes))), data.draw(arrays(anything, data.draw(shapes)))
     for function in (fastloss.cross_entropy, fastloss.nll_loss, fastloss.kl_div):
         ask(function, first, second)

@@ -153,7 +153,7 @@ def test_a_changed_kernel_file_is_compiled_again(cache, tmp_path):
 
 
 def test_another_cpu_has_its_own_code_and_right_values(cache):
-    code = CODE.replace("np.float32)))", "np.float16)))").replace("5))\n", "3))\n", 1)
+    code = CODE.replace("np.float32))", "np.float16))").replace(", 5))\n", ", 3))\n")
     before = "import numba; assert numba.config.CPU_NAME == 'generic'\n"
     got = run(cache, before, code=code, NUMBA_CPU_NAME="generic")
     assert got == "0.29\n0 1\n"

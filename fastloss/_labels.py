@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastloss import _validation, _views
+from fastloss import _forks, _validation, _views
 from fastloss._validation import Array
 
 # The span of integer labels for which a table of its length is made, whatever the number of rows.
@@ -117,14 +117,13 @@ def _encode_integers(labels: Array, n_expected: int) -> tuple[Array, Array]:
 
 def _mark_codes(labels: Array, low: int, span: int, codes: Array) -> Array | None:
     """Write the labels less ``low`` to the codes; which of ``span`` codes occur, or None if a label lies outside."""
-    from fastloss import _runtime
     from fastloss._kernels.labels import integer_codes
 
     flat, (*_, origin) = _views.flatten(labels.view(np.uint8) if labels.dtype == bool else labels)
     seen = np.zeros(span, np.uint8)
     n_tasks = len(codes) // max(span, 1)  # each worker has a table of its own to clear and to add
     stride, origin = labels.strides[0] // labels.itemsize, origin // labels.itemsize
-    fits = _runtime.run(integer_codes, len(codes), n_tasks, flat, origin, stride, low, codes, seen)
+    fits = _forks.runtime().run(integer_codes, len(codes), n_tasks, flat, origin, stride, low, codes, seen)
     return seen if fits else None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fastloss import _forks
 from fastloss._validation import Array, check_reduction
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -92,6 +93,7 @@ class ExactSum:
         """The sum of an array of float32 or float64."""
         if not values.size:
             return cls()
+        _forks.runtime()
         from fastloss._kernels import sums
 
         state = np.zeros(sums.STATE_SIZE, np.int64)

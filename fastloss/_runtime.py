@@ -1,22 +1,31 @@
-"""Processes and threads: which form of a kernel runs, and with how many workers.
+"""Processes and threads: which form of a kernel runs, with how many workers, and for how long at a time.
 
 * Small work runs serially, in the caller's thread: starting threads costs more than it saves.
 * One parallel region at a time. A caller that finds it busy computes serially, in its own thread, without waiting: no
-  oversubscription, and Numba's workqueue layer, which ends the process when two threads enter it, is never entered
-  twice.
-* A forked child of a process that has started GNU OpenMP threads computes serially: that layer would end the child.
+  oversubscription.
+* Numba's workqueue layer ends the process when two threads enter it, and another library may be the second. So under
+  that layer there are parallel regions only while the process has a single Python thread: nobody can come in between.
+* GNU OpenMP ends, or hangs, in a child forked after its threads have been started, by whatever library: such a child
+  computes serially, and so does one forked after TBB was started. See :mod:`fastloss._forks` for the moment itself.
+* A kernel cannot be interrupted, so long calls are cut: Ctrl-C is answered between the cuts.
 * ``numba.set_num_threads`` is respected, and never called.
 """
 
-import os
+import contextlib
+import sys
 import threading
+import time
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
+from numba.np.ufunc import parallel as numba_threads
 
-from fastloss._kernels.driver import LEDGER_SIZE
-from fastloss._kernels.tiles import N_TILES
+from fastloss import _forks
+from fastloss._kernels.driver import LEDGER_SIZE, NEXT_TASK
+from fastloss._kernels.tiles import N_TILES, TASK_TILES
 from fastloss._validation import Array
 
 if TYPE_CHECKING:
@@ -26,35 +35,104 @@ if TYPE_CHECKING:
 # elements in a millisecond.
 PARALLEL_THRESHOLD = 1 << 16
 
-_region = threading.Lock()
-_serial_only = False
+# The first cut of a long call, in elements (some milliseconds; a second from a disk at 16 MB/s), how long the others
+# are to take, in seconds, and how many times longer a cut may be than the one before.
+FIRST_CUT = 1 << 22
+CUT_SECONDS = 0.2
+CUT_GROWTH = 8
+
+# Who owns it is in a parallel region.
+_region = threading.RLock()
+
+# The threading layer in use: unknown before the first parallel call, and none where threads may not be started.
+_UNKNOWN, _NONE = "unknown", "none"
+_layer = _UNKNOWN
+_layer_forks = _forks.n_forks
 
 
-def _threads_were_started() -> bool:
+def _layer_in_numba() -> str:
+    """The layer that is running, started by whatever library, or else the unknown one."""
     try:
-        return bool(numba.threading_layer() == "omp")
-    except ValueError:  # no threading layer has been started
+        return str(numba.threading_layer())
+    except ValueError:
+        return _UNKNOWN
+
+
+def _has_openmp() -> bool:
+    """Whether GNU OpenMP is loaded: an own copy of some library counts too, for Numba may be bound to it."""
+    try:
+        return "libgomp" in Path("/proc/self/maps").read_text()
+    except OSError:
         return False
 
 
-def _after_fork_in_child() -> None:
-    global _region, _serial_only
-    _region = threading.Lock()
-    _serial_only = _serial_only or _threads_were_started()
+def _start_layer() -> str:
+    """Start the threading layer, if this process may, and say which it is."""
+    running = _layer_in_numba()
+    if _forks.is_fork() and (running in ("omp", "tbb") or (running == _UNKNOWN and _has_openmp())):
+        return _NONE
+    if running != _UNKNOWN:
+        return running
+    import multiprocessing
+
+    # Numba makes a lock of multiprocessing's, whose start method is settled by that: the user may yet want to set it.
+    # In a child of a fork server the lock has a name, of which the resource tracker complains when the child is ended.
+    method = multiprocessing.get_start_method(allow_none=True)
+    if method == "forkserver":
+        multiprocessing.set_start_method("spawn", force=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a TBB that is too old, of no shared memory for the lock
+            numba.get_num_threads()
+        return str(numba.threading_layer())
+    except Exception:  # the layer that was asked for cannot be loaded
+        return _NONE
+    finally:
+        if method in (None, "forkserver"):
+            multiprocessing.set_start_method(method, force=True)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+def layer() -> str:
+    """Numba's threading layer, or ``'none'`` where this process may not start threads."""
+    global _layer, _layer_forks, _region
+    if _layer == _UNKNOWN or _layer_forks != _forks.n_forks:
+        with _forks.starting:
+            if _layer_forks != _forks.n_forks:  # in the child its owner is gone
+                _region = threading.RLock()
+            _layer, _layer_forks = _start_layer(), _forks.n_forks
+    return _layer
+
+
+def num_threads() -> int:
+    """How many threads the caller's parallel regions may have: what ``numba.set_num_threads`` said in its thread."""
+    if layer() == _NONE:
+        return 1
+    # (numba.get_num_threads would take a lock that all forks of this process share.)
+    return int(numba_threads._get_num_threads())
+
+
+def _locks_before_fork() -> list[Any]:
+    return [_region] if _layer == "tbb" else []
+
+
+_forks.more_locks = _locks_before_fork
 
 
 def _enter(n_elements: int, n_tasks: int) -> int:
-    """How many workers to run. More than one: the parallel region is the caller's, who must release it."""
-    if n_elements < PARALLEL_THRESHOLD or n_tasks < 2 or _serial_only or not _region.acquire(blocking=False):
+    """How many workers to run. More than one: the parallel region is the caller's, who must leave it."""
+    if n_elements < PARALLEL_THRESHOLD or n_tasks < 2:
         return 1
-    n_workers: int = min(numba.get_num_threads(), n_tasks)
-    if n_workers < 2:
-        _region.release()
-    return max(1, n_workers)
+    n_workers = min(num_threads(), n_tasks)
+    if n_workers < 2 or (_layer == "workqueue" and len(sys._current_frames()) > 1):
+        return 1
+    return n_workers if _region.acquire(blocking=False) else 1
+
+
+def _leave() -> None:
+    # As often as it was taken: Ctrl-C may have come between taking and leaving it.
+    with contextlib.suppress(RuntimeError):
+        while True:
+            _region.release()
 
 
 def run(kernel: "Kernel", n_elements: int, n_tasks: int, *args: Any) -> Any:
@@ -65,7 +143,7 @@ def run(kernel: "Kernel", n_elements: int, n_tasks: int, *args: Any) -> Any:
     try:
         return kernel.parallel(n_workers, *args)
     finally:
-        _region.release()
+        _leave()
 
 
 def new_ledger() -> Array:
@@ -85,7 +163,42 @@ def run_tiles(
     keep: float = 1.0,
     spread: float = 0.0,
 ) -> Any:
-    """Run a kernel of :mod:`fastloss._kernels.driver` over the tiles of a geometry."""
+    """Run a kernel of :mod:`fastloss._kernels.driver` over the tiles of a geometry.
+
+    Long calls in cuts, each some whole tasks: a geometry that ends early, and a ledger whose next task is the first.
+    What the ledger holds is exact, so the cuts leave no trace in the result.
+    """
+    if n_elements <= FIRST_CUT:
+        return _run_cut(kernel, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+    n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
+    n_tasks = -(-n_tiles // task)
+    cut = geometry.copy()
+    begin, size = 0, max(1, FIRST_CUT * n_tasks // n_elements)
+    found = None
+    while begin < n_tasks:
+        started = time.perf_counter()
+        end = min(n_tasks, begin + size)
+        cut[N_TILES] = min(n_tiles, end * task)
+        ledger[0, NEXT_TASK] = begin
+        found = _run_cut(kernel, n_elements * (end - begin) // n_tasks, ledger, x, y, weight, out, cut, keep, spread)
+        begin = end
+        elapsed = max(time.perf_counter() - started, 1e-6)
+        size = max(1, int(size * min(CUT_SECONDS / elapsed, CUT_GROWTH)))
+    return found
+
+
+def _run_cut(
+    kernel: "Kernel",
+    n_elements: int,
+    ledger: Array,
+    x: Array,
+    y: Array,
+    weight: Array,
+    out: Array,
+    geometry: Array,
+    keep: float,
+    spread: float,
+) -> Any:
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
     if n_workers == 1:
         return kernel.serial(1, ledger, x, y, weight, out, geometry, keep, spread)
@@ -96,4 +209,13 @@ def run_tiles(
         ledger[0] = ledgers[0]
         return found
     finally:
-        _region.release()
+        _leave()
+
+
+def target() -> tuple[str, int]:
+    """The CPU that kernels are compiled for, and the bits of its vector registers."""
+    from numba.core.registry import cpu_target
+
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    enabled = {feature[1:] for feature in features.split(",") if feature.startswith("+")}
+    return str(name), 512 if "avx512f" in enabled else 256 if "avx" in enabled else 128

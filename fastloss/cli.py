@@ -1,4 +1,4 @@
-"""The command line: ``python -m fastloss score``, or ``fastloss score``.
+"""The command line: ``python -m fastloss score``, ``warmup`` or ``info``, or ``fastloss score`` and so on.
 
 The work is that of :func:`fastloss.score_file`; here are the options and the report. What a user got wrong is a
 :class:`CommandError` or a :class:`fastloss.files.ScoreError`: one line on standard error and exit status 2.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import fastloss
+from fastloss import _info, _warmup
 from fastloss.files import WEIGHT_MEMBERS, FileScores, ScoredRow, ScoreError, read_array, score_file
 from fastloss.functional import _scalar
 
@@ -182,7 +183,50 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastloss {fastloss.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_score(commands)
+    _add_warmup(commands)
+    _add_info(commands)
     return parser
+
+
+def _add_warmup(commands: Any) -> None:
+    parser = commands.add_parser(
+        "warmup",
+        help="compile ahead of the first call",
+        description="Compile every function of fastloss, for contiguous and for strided or few classes, serially and "
+        "in parallel, into the cache that `fastloss info` names: for a container image or a deployment. What is "
+        "there already is not compiled again.",
+    )
+    parser.add_argument(
+        "--dtype",
+        dest="dtypes",
+        metavar="DTYPE",
+        action="append",
+        choices=_warmup.DTYPES,
+        help="float16, bfloat16, float32 (default) or float64; may be given several times",
+    )
+    parser.set_defaults(run=_warmup_command)
+
+
+def _warmup_command(arguments: argparse.Namespace) -> None:
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    try:
+        n_kernels = _warmup.compile_all(arguments.dtypes or ["float32"], is_terminal)
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+    if not n_kernels:
+        raise CommandError("the cache takes no files: `fastloss info` names its place, FASTLOSS_CACHE_DIR sets it")
+    print(f"{n_kernels} kernels in the cache")
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="versions, CPU, threads, cache",
+        description="Print what a bug report needs: versions, CPU, vector width, threading layer, threads, and where "
+        "the cache is and how large.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.set_defaults(run=lambda arguments: _info.show(arguments.json))
 
 
 def _add_score(commands: Any) -> None:

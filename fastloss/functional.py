@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastloss import _reduction, _validation, _views
+from fastloss import _forks, _reduction, _validation, _views
 from fastloss._validation import Array
 
 __all__ = ["cross_entropy", "kl_div", "log_softmax", "logsumexp", "nll_loss", "softmax"]
@@ -273,7 +273,7 @@ def kl_div(
     shape = _validation.broadcast_shape(log_probabilities, goal)
     dtype = _views.compute_dtype(log_probabilities.dtype, goal.dtype)
     out = np.empty(shape, dtype) if reduction == "none" else None
-    ledger = None if out is not None else _late_runtime().new_ledger()
+    ledger = None if out is not None else _forks.runtime().new_ledger()
     total = _add_kl(ledger, log_probabilities, goal, shape, dtype, bool(log_target), out)
     if out is not None:
         return out[()]
@@ -483,14 +483,6 @@ def _scalar(value: float, dtype: np.dtype[Any]) -> Any:
         return dtype.type(value)
 
 
-@functools.cache
-def _late_runtime() -> Any:
-    """What runs the kernels, imported with the first call."""
-    from fastloss import _runtime
-
-    return _runtime
-
-
 @functools.lru_cache(maxsize=8)
 def _unit_weights(n_classes: int, dtype: np.dtype[Any]) -> Array:
     return np.ones(n_classes + _PADDING, dtype)
@@ -571,7 +563,7 @@ def _index_loss(
     """Cross-entropy or negative log-likelihood with class indices."""
     dtype = _views.compute_dtype(logits.dtype)
     out = np.empty(target.shape, dtype) if reduction == "none" else None
-    ledger = None if out is not None else _late_runtime().new_ledger()
+    ledger = None if out is not None else _forks.runtime().new_ledger()
     sums = _add_index_loss(ledger, logits, target, axis, weights, ignore_index, label_smoothing, is_nll, out)
     if out is not None:
         return out[()]
@@ -599,7 +591,7 @@ def _add_index_loss(
     weighted, wants_sum = weights is not None, ledger is not None
     total, weight_sum, kept = 0.0, 0.0, 0
     if target.size:
-        runtime = _late_runtime()
+        runtime = _forks.runtime()
         ledger = runtime.new_ledger() if ledger is None else ledger
         weight = _padded_weights(weights, n_classes if weighted or label_smoothing else 0, dtype)
         keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
@@ -656,7 +648,7 @@ def _probability_loss(
     shape = _validation.row_shape(logits.shape, axis)
     dtype = _views.compute_dtype(logits.dtype, target.dtype)
     out = np.empty(shape, dtype) if reduction == "none" else None
-    ledger = None if out is not None else _late_runtime().new_ledger()
+    ledger = None if out is not None else _forks.runtime().new_ledger()
     total = _add_probability_loss(ledger, logits, target, axis, weights, label_smoothing, out)
     if out is not None:
         return out[()]
@@ -675,9 +667,9 @@ def _add_probability_loss(
     out: Array | None,
 ) -> float:
     """The sum of the losses."""
+    runtime = _forks.runtime()
     from fastloss._kernels import losses
 
-    runtime = _late_runtime()
     n_classes = logits.shape[axis]
     dtype = _views.compute_dtype(logits.dtype, target.dtype)
     total = 0.0
@@ -710,9 +702,9 @@ def _add_kl(
     out: Array | None,
 ) -> float:
     """The sum of the pointwise divergence."""
+    runtime = _forks.runtime()
     from fastloss._kernels import pointwise
 
-    runtime = _late_runtime()
     total = 0.0
     if math.prod(shape):
         options = _views.Options(wants_rows=out is not None, wants_sum=ledger is not None, is_log=log_target)
@@ -727,9 +719,9 @@ def _add_kl(
 
 def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Log-sum-exp over some axes, which are gone from the result."""
+    runtime = _forks.runtime()
     from fastloss._kernels import losses
 
-    runtime = _late_runtime()
     shape = tuple(n for a, n in enumerate(values.shape) if a not in axes)
     n_classes = math.prod(values.shape[a] for a in axes)
     out = np.empty(shape, dtype)
@@ -758,9 +750,9 @@ def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Ar
 
 def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
     """Both of :func:`softmax` and :func:`log_softmax`."""
+    runtime = _forks.runtime()
     from fastloss._kernels import outputs
 
-    runtime = _late_runtime()
     values = _validation.as_real(input, "input")
     axis = _validation.check_axis(-1 if axis is _UNSET else axis, values.ndim)
     dtype = _views.compute_dtype(values.dtype)

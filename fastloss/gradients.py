@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastloss import _reduction, _validation, _views, functional, modules
+from fastloss import _forks, _reduction, _validation, _views, functional, modules
 from fastloss._validation import Array
 
 __all__ = ["value_and_grad"]
@@ -194,7 +194,7 @@ def _kl_div(
         total, values = _kl_pointwise(x, y, gradient, upstream, bool(log_target), reduction == "none")
     else:
         values = np.empty(shape, dtype) if reduction == "none" else None
-        ledger = None if values is not None else functional._late_runtime().new_ledger()
+        ledger = None if values is not None else _forks.runtime().new_ledger()
         total = functional._add_kl(ledger, x, y, shape, dtype, bool(log_target), values)
         gradient = _kl_broadcast(x, y, shape, dtype, np.broadcast_to(upstream, shape), bool(log_target))
     if values is not None:
@@ -239,6 +239,7 @@ def _plan(
     """The kernel for arrays that lie as told (logits, target, values, gradient, upstream), what its work amounts to in
     elements, and its geometry.
     """
+    _forks.runtime()
     from fastloss._kernels import gradients
 
     logits = layouts[0]
@@ -263,9 +264,9 @@ def _weigh_targets(
     target: Array, n_classes: int, weight: Array, dtype: np.dtype[Any], options: _views.Options, ignore_index: int
 ) -> float:
     """What a mean divides by: the number of the targets kept, or the exact sum of their weights."""
+    runtime = _forks.runtime()
     from fastloss._kernels import gradients
 
-    runtime = functional._late_runtime()
     ledger = runtime.new_ledger()
     weight_sum, kept, bad = 0.0, 0, 0
     if target.size:
@@ -372,7 +373,7 @@ def _run_rows(
     label_smoothing: float,
 ) -> tuple[float, int]:
     """Write the gradient, and the losses to ``out`` or add them: their sum, and how many targets are out of range."""
-    runtime = functional._late_runtime()
+    runtime = _forks.runtime()
     ledger = runtime.new_ledger()
     dtype = gradient.dtype
     is_index = target_axis is None
@@ -400,9 +401,9 @@ def _kl_pointwise(
     x: Array, y: Array, gradient: Array, upstream: Array, log_target: bool, wants_rows: bool
 ) -> tuple[float, Array | None]:
     """Write the gradient; the sum of the pointwise divergence, or (else 0 and None) the pointwise divergence."""
+    runtime = _forks.runtime()
     from fastloss._kernels import gradients
 
-    runtime = functional._late_runtime()
     dtype = gradient.dtype
     out = np.empty(x.shape, dtype) if wants_rows else None
     total = 0.0

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fastloss import _labels, _validation, _views, functional
+from fastloss import _forks, _labels, _validation, _views, functional
 from fastloss._labels import ParameterError, Target
 from fastloss._validation import Array
 
@@ -735,7 +735,6 @@ def _run(
 
     The kernel reads float32 for scores of ``dtype`` (their own, if None) float32 or narrower, else float64.
     """
-    from fastloss import _runtime
     from fastloss._kernels.scores import N_TILES
 
     options = np.array(parameters, np.float64)
@@ -744,7 +743,7 @@ def _run(
     for rows, x in _readable_pieces(scores, _views.compute_dtype(dtype or scores.dtype)):
         flat, (*_, origin) = _views.flatten(x)
         table = _geometry(x, origin // x.itemsize)
-        total, weight_sum, *faults = _runtime.run(
+        total, weight_sum, *faults = _forks.runtime().run(
             kernel, x.size, int(table[N_TILES]), totals, flat, codes[rows], flat_weights[rows], table, options
         )
         invalid += faults[0]

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import numpy.typing as npt
 
-from fastloss import _labels, _reduction, _validation, _views, functional, metrics
+from fastloss import _forks, _labels, _reduction, _validation, _views, functional, metrics
 from fastloss._reduction import ExactSum
 from fastloss._validation import Array
 
@@ -152,7 +152,7 @@ def _ledger_sums(ledger: Array) -> tuple[ExactSum, ...]:
 
 
 def _new_ledger() -> Array:
-    ledger: Array = functional._late_runtime().new_ledger()
+    ledger: Array = _forks.runtime().new_ledger()
     return ledger
 
 

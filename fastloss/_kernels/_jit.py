@@ -1,8 +1,9 @@
 """The one place that compiles: options, the serial and the parallel form of a kernel, and what a helper costs.
 
-Numba compiles every function that another calls to machine code of its own, with wrappers to call it from Python,
-before the caller, into which LLVM has inlined it, is compiled. For the helpers of the kernels that work is thrown away:
-:func:`inline` and :func:`subroutine` leave it out, which halves the time of a first call.
+Numba optimises every function that another calls, with all that it calls in turn, and compiles it to machine code of
+its own, with wrappers to call it from Python, before the caller, into which LLVM has inlined it, is compiled. For the
+helpers of the kernels that work is thrown away: :func:`inline` and :func:`subroutine` leave it out, and LLVM optimises
+the code of a kernel once, as a whole.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import os
 
 from numba import config, njit
 from numba.core.bytecode import FunctionIdentity
+from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.lowering import Lower
@@ -39,6 +41,18 @@ class _HelperLower(Lower):
             self.function.attributes.add("noinline")
 
 
+class _HelperLibrary(JITCodeLibrary):
+    """The code of a helper and of what it calls, for its callers to link: neither optimised nor compiled."""
+
+    def finalize(self):
+        self._raise_if_finalized()
+        for library in dict.fromkeys(self._linking_libraries):
+            self._reload_init.update(library._reload_init)
+            self._final_module.link_in(library._get_module_for_linking(), preserve=True)
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _HelperLowering(NativeLowering):
     """Lower a function for inlining by its callers, without compiling it by itself."""
@@ -51,6 +65,7 @@ class _HelperLowering(NativeLowering):
 
     def run_pass(self, state):
         state.flags.no_compile = True
+        state.library = _HelperLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
         super().run_pass(state)
         # Numba's tables want a builtin function of its own for each; this one raises when Python calls it.
         stand_in = {}.popitem

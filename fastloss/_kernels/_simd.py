@@ -217,6 +217,20 @@ def _element_pointer(context, builder, array_type, array, index, count):
     return builder.bitcast(pointer, ir.VectorType(scalar, count).as_pointer())
 
 
+def _byte_pointer(context, builder, array_type, array, offset, size):
+    """Pointer to ``size`` bytes, ``offset`` bytes into a C-contiguous array."""
+    struct_ = context.make_array(array_type)(context, builder, array)
+    if config.BOUNDSCHECK:
+        end = builder.add(offset, ir.Constant(offset.type, size))
+        outside = builder.or_(
+            builder.icmp_signed("<", offset, ir.Constant(offset.type, 0)),
+            builder.icmp_signed(">", end, builder.mul(struct_.nitems, struct_.itemsize)),
+        )
+        with builder.if_then(outside, likely=False):
+            context.call_conv.return_user_exc(builder, IndexError, ("integers outside their array",))
+    return builder.gep(builder.bitcast(struct_.data, ir.IntType(8).as_pointer()), [offset], inbounds=True)
+
+
 def _has_half_conversion(context):
     """Whether the target CPU converts float16 in hardware (without it LLVM calls a function that may not exist)."""
     features = context.codegen()._tm_features
@@ -381,14 +395,16 @@ def load_columns(typingctx, array, offsets, first, column, like):
     groups = range(count // 4)
 
     def codegen(context, builder, sig, args):
-        table = context.make_array(offsets)(context, builder, args[1])
+        first_offset = builder.bitcast(
+            _element_pointer(context, builder, offsets, args[1], args[2], count), ir.IntType(64).as_pointer()
+        )
         index = ir.VectorType(ir.IntType(32), count)
 
         def constant(i):
             return ir.Constant(ir.IntType(64), i)
 
         def row(i):
-            at = builder.load(builder.gep(table.data, [builder.add(args[2], constant(i))], inbounds=True))
+            at = builder.load(builder.gep(first_offset, [constant(i)], inbounds=True))
             pointer = _element_pointer(context, builder, array, args[0], builder.add(at, args[3]), 4)
             return builder.load(pointer, align=array.dtype.bitwidth // 8)
 
@@ -494,8 +510,7 @@ def load_integer(typingctx, data, offset, like):
     """One integer of the type of ``like`` from the uint8 array ``data``, ``offset`` bytes in, aligned or not."""
 
     def codegen(context, builder, sig, args):
-        array = context.make_array(data)(context, builder, args[0])
-        pointer = builder.gep(array.data, [args[1]], inbounds=True)
+        pointer = _byte_pointer(context, builder, data, args[0], args[1], like.bitwidth // 8)
         return builder.load(builder.bitcast(pointer, ir.IntType(like.bitwidth).as_pointer()), align=1)
 
     return like(data, types.int64, like), codegen
@@ -507,17 +522,8 @@ def load_integers(typingctx, data, offset, like):
     vector = Vector.of(types.int64)
 
     def codegen(context, builder, sig, args):
-        array = context.make_array(data)(context, builder, args[0])
         count = vector.count
-        if config.BOUNDSCHECK:
-            nbytes = builder.mul(array.nitems, array.itemsize)
-            end = builder.add(args[1], ir.Constant(args[1].type, count * like.bitwidth // 8))
-            outside = builder.or_(
-                builder.icmp_signed("<", args[1], ir.Constant(args[1].type, 0)), builder.icmp_signed(">", end, nbytes)
-            )
-            with builder.if_then(outside, likely=False):
-                context.call_conv.return_user_exc(builder, IndexError, ("integers outside their array",))
-        pointer = builder.gep(builder.bitcast(array.data, ir.IntType(8).as_pointer()), [args[1]])
+        pointer = _byte_pointer(context, builder, data, args[0], args[1], count * like.bitwidth // 8)
         integers = ir.VectorType(ir.IntType(like.bitwidth), count)
         value = builder.load(builder.bitcast(pointer, integers.as_pointer()), align=1)
         if like.bitwidth == 64:

@@ -209,6 +209,7 @@ def add_block(state, values, n):
     if not _add_grids(state, values, n):
         for i in range(n):
             _add_float(state, np.float64(values[i]))
+        _carry(state)
 
 
 @subroutine

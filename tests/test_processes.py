@@ -1,0 +1,124 @@
+"""Threads, forks, pools, neighbours and Ctrl-C: real processes, under every threading layer and number of threads."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fastloss import _cache, _runtime
+
+SITUATIONS = Path(__file__).with_name("situations.py")
+
+
+def _has_tbb():
+    try:
+        return ctypes.CDLL("libtbb.so.12").TBB_runtime_interface_version() >= 12060
+    except OSError:
+        return False
+
+
+LAYERS = ["workqueue", "omp", *(["tbb"] if _has_tbb() else [])]
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 4])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_situations(layer, n_threads):
+    environment = {
+        **os.environ,
+        "NUMBA_THREADING_LAYER": layer,
+        "NUMBA_NUM_THREADS": str(n_threads),
+        "FASTLOSS_CACHE_DIR": str(_cache.directory().parent),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    # (Python 3.12 and later warn of any fork of a process with threads.)
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", str(SITUATIONS)]
+    command.append("all" if n_threads == 2 else "few")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", f"{layer} done\n")
+
+
+class _Kernel:
+    """Stands for a kernel, and sees who is in it."""
+
+    def __init__(self):
+        self.inside = self.most_inside = 0
+        self.serial_threads, self.parallel_threads = set(), set()
+
+    def serial(self, n_workers, caller):
+        assert n_workers == 1
+        assert threading.get_ident() == caller
+        self.serial_threads.add(caller)
+
+    def parallel(self, n_workers, caller):
+        assert n_workers == 2
+        self.parallel_threads.add(caller)
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        time.sleep(0.02)
+        self.inside -= 1
+
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    monkeypatch.setattr(_runtime, "num_threads", lambda: 2)
+    monkeypatch.setattr(_runtime, "_layer", "omp")
+
+
+def _sixteen(kernel):
+    start = threading.Barrier(16)
+
+    def call():
+        start.wait()
+        _runtime.run(kernel, 1 << 30, 8, threading.get_ident())
+
+    threads = [threading.Thread(target=call) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_parallel_region_is_never_entered_twice():
+    kernel = _Kernel()
+    _sixteen(kernel)
+    assert kernel.most_inside == 1
+    assert kernel.serial_threads
+    assert len(kernel.serial_threads | kernel.parallel_threads) == 16
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_workqueue_is_left_alone_while_there_are_other_threads(monkeypatch):
+    monkeypatch.setattr(_runtime, "_layer", "workqueue")
+    kernel = _Kernel()
+    _sixteen(kernel)
+    assert not kernel.parallel_threads
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_region_is_left_after_an_exception_and_an_interrupt():
+    class Interrupted(_Kernel):
+        def parallel(self, n_workers, caller):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _runtime.run(Interrupted(), 1 << 30, 8, None)
+    _runtime._region.acquire()  # an interrupt between taking the region and leaving it
+    kernel = _Kernel()
+    _runtime.run(kernel, 1 << 30, 8, threading.get_ident())
+    assert kernel.parallel_threads == {threading.get_ident()}
+    _sixteen(kernel)
+    assert len(kernel.parallel_threads) > 1
+
+
+def test_a_layer_that_cannot_be_loaded_means_no_threads():
+    code = "import fastloss, numpy as np; print(fastloss.logsumexp(np.zeros((2000, 100), np.float32)))\n"
+    code += "from fastloss import _runtime; print(_runtime.layer())"
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": "nonsense", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr, result.stdout) == (0, "", "12.206073\nnone\n")

@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import functools
 import io
+import tempfile
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import common
@@ -189,6 +191,42 @@ def scorer(method, output):
     return prepare
 
 
+def gradient(function, inputs):
+    """`prepare` of `value_and_grad`."""
+    return passing("logits", "labels")(function(common.public("cross_entropy")), inputs)
+
+
+def in_pieces(*arrays, **options):
+    """`prepare` of a stream: these attributes of the inputs, some rows at a time."""
+
+    def prepare(function, inputs):
+        pieces = list(zip(*(np.array_split(getattr(inputs, name), 8) for name in arrays), strict=True))
+
+        def call():
+            stream = function(**options)
+            for piece in pieces:
+                stream.update(*piece)
+            return stream.compute()
+
+        return call
+
+    return prepare
+
+
+def from_files(function, inputs):
+    """`prepare` of `score_file`: the files are deleted with the call."""
+    directory = tempfile.TemporaryDirectory()
+    paths = [Path(directory.name) / f"{name}.npy" for name in ("logits", "labels")]
+    np.save(paths[0], inputs.logits)
+    np.save(paths[1], inputs.labels)
+
+    def call():
+        assert directory
+        return function(*paths)
+
+    return call
+
+
 def silent(function, inputs):
     """`prepare` of the command line, with the sample that ships with fastloss."""
 
@@ -261,6 +299,18 @@ CASES = (
         "metrics.neg_log_loss_from_logits_scorer",
         scorer("decision_function", "logits"),
     ),
+    Case("value_and_grad", "value_and_grad", gradient, ("few classes", "ImageNet", "segmentation")),
+    # Chunk by chunk
+    Case("streaming.CrossEntropy", "streaming.CrossEntropy", in_pieces("logits", "labels")),
+    Case("streaming.NLL", "streaming.NLL", in_pieces("log_probabilities", "labels")),
+    Case(
+        "streaming.KLDivergence",
+        "streaming.KLDivergence",
+        in_pieces("log_probabilities", "probabilities", reduction="batchmean"),
+    ),
+    Case("streaming.LogLoss", "streaming.LogLoss", in_pieces("probabilities", "labels", labels=range(10))),
+    Case("streaming.Perplexity", "streaming.Perplexity", in_pieces("logits", "labels")),
+    Case("score_file", "score_file", from_files),
     Case("python -m fastloss score", "cli.main", silent, ("latency",)),
 )
 

@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import functools
 import io
+import shutil
 import tempfile
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -215,16 +217,29 @@ def in_pieces(*arrays, **options):
 
 def from_files(function, inputs):
     """`prepare` of `score_file`: the files are deleted with the call."""
-    directory = tempfile.TemporaryDirectory()
-    paths = [Path(directory.name) / f"{name}.npy" for name in ("logits", "labels")]
+    directory = tempfile.mkdtemp()
+    paths = [Path(directory) / f"{name}.npy" for name in ("logits", "labels")]
     np.save(paths[0], inputs.logits)
     np.save(paths[1], inputs.labels)
 
     def call():
-        assert directory
         return function(*paths)
 
+    weakref.finalize(call, shutil.rmtree, directory)
     return call
+
+
+def over_dask(*arrays, **options):
+    """`prepare` of a function over dask arrays: these attributes of the inputs, in four chunks of rows."""
+
+    def prepare(function, inputs):
+        import dask.array
+
+        values = [getattr(inputs, name) for name in arrays]
+        chunked = [dask.array.from_array(v, chunks=(-(-len(v) // 4), *v.shape[1:])) for v in values]
+        return lambda: function(*chunked, **options).compute()
+
+    return prepare
 
 
 def silent(function, inputs):
@@ -311,6 +326,13 @@ CASES = (
     Case("streaming.LogLoss", "streaming.LogLoss", in_pieces("probabilities", "labels", labels=range(10))),
     Case("streaming.Perplexity", "streaming.Perplexity", in_pieces("logits", "labels")),
     Case("score_file", "score_file", from_files),
+    Case("dask.cross_entropy", "dask.cross_entropy", over_dask("logits", "labels")),
+    Case("dask.nll_loss", "dask.nll_loss", over_dask("log_probabilities", "labels")),
+    Case("dask.kl_div", "dask.kl_div", over_dask("log_probabilities", "probabilities", reduction="batchmean")),
+    Case("dask.log_loss", "dask.log_loss", over_dask("labels", "probabilities", labels=range(10))),
+    # Boosting
+    Case("XGBoostCrossEntropy", "objectives.XGBoostCrossEntropy", instance("labels", "logits")),
+    Case("LightGBMCrossEntropy", "objectives.LightGBMCrossEntropy", instance("labels", "logits")),
     Case("python -m fastloss score", "cli.main", silent, ("latency",)),
 )
 

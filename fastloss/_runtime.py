@@ -180,7 +180,7 @@ def run_tiles(
         end = min(n_tasks, begin + size)
         cut[N_TILES] = min(n_tiles, end * task)
         ledger[0, NEXT_TASK] = begin
-        found = _run_cut(kernel, n_elements * (end - begin) // n_tasks, ledger, x, y, weight, out, cut, keep, spread)
+        found = _run_cut(kernel, n_elements, ledger, x, y, weight, out, cut, keep, spread)
         begin = end
         elapsed = max(time.perf_counter() - started, 1e-6)
         size = max(1, int(size * min(CUT_SECONDS / elapsed, CUT_GROWTH)))

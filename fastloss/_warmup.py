@@ -20,8 +20,8 @@ from fastloss import _forks
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-# Rows and classes: contiguous classes of many rows, and few classes.
-_SHAPES = ((64, 64), (64, 8))
+# Rows and classes: contiguous classes, and few; rows enough for several tiles, that is for threads.
+_SHAPES = ((4096, 64), (4096, 8))
 
 
 def calls(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -121,7 +121,7 @@ def cross_entropy(
     >>> print(fastloss.cross_entropy(logits, [0, 2]))
     0.17545639
     >>> print(fastloss.cross_entropy(logits, [0, 1], reduction="none"))
-    [0.24131131 2.9096014 ]
+    [0.24131131 2.9096012 ]
     """
     reduction = _reduction.resolve(reduction, size_average, reduce)
     ignore_index = _validation.check_ignore_index(ignore_index)

@@ -29,6 +29,14 @@ TOLERANCES = {np.float64: 1e-12, np.float32: 2e-5, np.float16: 5e-3}
 INF, NAN = float("inf"), float("nan")
 
 TWO = [[0.3, 0.7], [0.6, 0.4], [0.4, 0.6]]
+
+
+def as_matrix(values):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PendingDeprecationWarning)  # the class is what is tested
+        return np.asmatrix(values)
+
+
 THREE = [[0.2, 0.7, 0.1], [0.6, 0.2, 0.2], [0.6, 0.1, 0.3]]
 
 
@@ -671,8 +679,8 @@ ERRORS = [
     ("ragged scores", "rectangular", ([0, 1, 0], [[0.1, 0.9], [0.1], [0.2, 0.8]]), {}),
     ("text scores", "expected real numbers", ([0, 1, 0], ["a", "b", "c"]), {}),
     ("complex scores", "Complex data not supported", ([0, 1, 0], [0.1j, 0.2, 0.9]), {}),
-    ("matrix", "np.matrix is not supported", ([0, 1, 0], np.asmatrix(TWO)), {}),
-    ("matrix of labels", "np.matrix is not supported", (np.asmatrix([0, 1, 0]), TWO), {}),
+    ("matrix", "np.matrix is not supported", ([0, 1, 0], as_matrix(TWO)), {}),
+    ("matrix of labels", "np.matrix is not supported", (as_matrix([0, 1, 0]), TWO), {}),
     ("NaN score", "Input contains NaN", ([0, 1, 0], [0.1, NAN, 0.2]), {}),
     ("NaN in a row", "Input contains NaN", ([0, 1, 0], [[0.1, 0.9], [0.1, 0.9], [0.5, NAN]]), {}),
     ("infinity in a row", "Input contains infinity", ([0, 1, 0], [[0.1, 0.9], [0.1, 0.9], [0.5, INF]]), {}),

@@ -29,7 +29,6 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "any_lane",
     "copy",
-    "even_lanes",
     "first_lane",
     "fma",
     "from_bits",
@@ -42,11 +41,11 @@ __all__ = [
     "load_integer",
     "load_integers",
     "load_one",
+    "load_pairs",
     "lowest_bit",
     "mask_bits",
     "negative_zeros_like",
     "next_task",
-    "odd_lanes",
     "polynomial",
     "prefetch",
     "scalar",
@@ -434,21 +433,24 @@ def load_columns(typingctx, array, offsets, first, column, like):
     return types.UniTuple(vector, 4)(array, offsets, types.int64, types.int64, like), codegen
 
 
-def _pick_lanes(first):
-    """Make the intrinsic that takes every other lane of two vectors, from lane ``first`` on."""
+@intrinsic
+def load_pairs(typingctx, array, index, like):
+    """Two vectors, the even and the odd ones of the ``2 * lanes(like)`` elements from ``index`` on, as they are."""
+    count = Vector.of(like).count
+    vector = Vector(array.dtype, count)
 
-    @intrinsic
-    def pick(typingctx, a, b):
-        def codegen(context, builder, sig, args):
-            places = list(range(first, 2 * a.count, 2))
-            return builder.shuffle_vector(*args, ir.Constant(ir.VectorType(ir.IntType(32), a.count), places))
+    def codegen(context, builder, sig, args):
+        pointer = _element_pointer(context, builder, array, args[0], args[1], 2 * count)
+        both = builder.load(pointer, align=array.dtype.bitwidth // 8)
+        undefined = ir.Constant(both.type, ir.Undefined)
+        index = ir.VectorType(ir.IntType(32), count)
+        picked = [
+            builder.shuffle_vector(both, undefined, ir.Constant(index, list(range(first, 2 * count, 2))))
+            for first in (0, 1)
+        ]
+        return cgutils.pack_array(builder, picked)
 
-        return a(a, b), codegen
-
-    return pick
-
-
-even_lanes, odd_lanes = _pick_lanes(0), _pick_lanes(1)
+    return types.UniTuple(vector, 2)(array, types.int64, like), codegen
 
 
 @intrinsic

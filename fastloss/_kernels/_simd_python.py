@@ -8,7 +8,6 @@ import numpy as np
 __all__ = [
     "any_lane",
     "copy",
-    "even_lanes",
     "first_lane",
     "fma",
     "from_bits",
@@ -21,11 +20,11 @@ __all__ = [
     "load_integer",
     "load_integers",
     "load_one",
+    "load_pairs",
     "lowest_bit",
     "mask_bits",
     "negative_zeros_like",
     "next_task",
-    "odd_lanes",
     "polynomial",
     "prefetch",
     "scalar",
@@ -100,12 +99,11 @@ def prefetch(array, index, distance):
     pass
 
 
-def even_lanes(a, b):
-    return np.concatenate([a, b])[::2]
-
-
-def odd_lanes(a, b):
-    return np.concatenate([a, b])[1::2]
+def load_pairs(array, index, like):
+    count = 2 * lanes(like)
+    if not 0 <= index <= len(array) - count:
+        raise IndexError("vector outside its array")
+    return array[index : index + count : 2], array[index + 1 : index + count : 2]
 
 
 def load_one(array, index, like):
@@ -210,7 +208,7 @@ def mask_bits(mask):
 
 
 def lowest_bit(bits):
-    return (bits & -bits).bit_length() - 1
+    return int(bits & -bits).bit_length() - 1
 
 
 def any_lane(mask):

@@ -15,7 +15,6 @@ from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
     copy,
-    even_lanes,
     first_lane,
     fma,
     integer_like,
@@ -23,7 +22,7 @@ from fastloss._kernels._simd import (
     load,
     load_columns,
     load_integers,
-    odd_lanes,
+    load_pairs,
     prefetch,
     scalar,
     splat,
@@ -86,10 +85,9 @@ def stage_classes(x, offsets, n, stride, low, high, width, stage, like):
     if stride == 1 and n >= n_lanes and low == 0 and high == 2 and _follow_on(offsets, n, 2):
         for slot in range(0, n, n_lanes):
             row = row_of(slot, n, n_lanes)
-            first = load(x, offsets[row], like)
-            second = load(x, offsets[row] + n_lanes, like)
-            store(stage, row, even_lanes(first, second))
-            store(stage, width + row, odd_lanes(first, second))
+            pair = load_pairs(x, offsets[row], like)
+            store(stage, row, pair[0])
+            store(stage, width + row, pair[1])
     elif stride == 1 and n >= n_lanes and _fits(offsets, n, low + (high - low + 3) // 4 * 4, len(x)):
         for slot in range(0, n, n_lanes):
             row = row_of(slot, n, n_lanes)

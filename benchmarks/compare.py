@@ -310,7 +310,7 @@ def environment(arguments, names):
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": f"{_cpu()}, {os.cpu_count()} CPUs",
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "slow": {"factor": SLOW_FACTOR, "rounds": SLOW_ROUNDS},

@@ -12,6 +12,7 @@ import functools
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -175,7 +176,7 @@ def kl_div(
     is_deprecated = size_average is not None or reduce is not None
     reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
     if reduction == "mean" and not is_deprecated:
-        functional._warn_of_mean(stacklevel=3)
+        warnings.warn(functional.MEAN_IS_NOT_THE_DIVERGENCE, UserWarning, stacklevel=2)
     x, y = _as_dask(input, "input"), _as_dask(target, "target")
     _validation.as_real(_like(x), "input")
     _validation.as_real(_like(y), "target")

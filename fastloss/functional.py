@@ -123,13 +123,33 @@ def cross_entropy(
     >>> print(fastloss.cross_entropy(logits, [0, 1], reduction="none"))
     [0.24131131 2.9096012 ]
     """
+    key: Any = None
+    if (
+        weight is None
+        and size_average is None
+        and reduce is None
+        and type(input) is np.ndarray
+        and type(target) is np.ndarray
+        and type(ignore_index) is int
+        and type(reduction) is str
+        and type(label_smoothing) is float
+        and input.flags.num & target.flags.num & _PLAIN == _PLAIN
+    ):
+        key = (input.dtype, input.shape, target.dtype, target.shape, ignore_index, reduction, label_smoothing)
+        call = _small_calls.get(key)
+        value = None if call is None else call(input, target)
+        if value is not None:
+            return value
     reduction = _reduction.resolve(reduction, size_average, reduce)
     ignore_index = _validation.check_ignore_index(ignore_index)
     label_smoothing = _validation.check_label_smoothing(label_smoothing)
     logits, labels, axis, weights = _check(input, target, weight, ignore_index, is_nll=False)
     if labels.shape == logits.shape:
         return _probability_loss(logits, labels, axis, weights, reduction, label_smoothing)
-    return _index_loss(logits, labels, axis, weights, ignore_index, reduction, label_smoothing, is_nll=False)
+    loss = _index_loss(logits, labels, axis, weights, ignore_index, reduction, label_smoothing, is_nll=False)
+    if key is not None and reduction != "none" and 0 < logits.size < _forks.runtime().PARALLEL_THRESHOLD:
+        _remember_small_call(key, logits, labels, axis)
+    return loss
 
 
 def nll_loss(
@@ -467,13 +487,41 @@ def _check(
     return logits, labels, axis, weights
 
 
-def _warn_of_mean(stacklevel: int) -> None:
-    warnings.warn(
-        "reduction='mean' divides by the number of elements, so it is not the Kullback-Leibler divergence: "
-        "reduction='batchmean' is",
-        UserWarning,
-        stacklevel=stacklevel,
-    )
+# Small calls of the commonest form, whose arrays are C-contiguous, aligned and writeable (as NumPy numbers these
+# flags): what is left to do once a call of the same shapes, dtypes and options has passed the checks. With 32 rows of
+# 10 classes the checks take half of the time.
+_PLAIN = 0x1 | 0x100 | 0x400
+_MOST_SMALL_CALLS = 512
+_small_calls: dict[Any, Callable[[Array, Array], Any]] = {}
+
+
+def _remember_small_call(key: Any, logits: Array, labels: Array, axis: int) -> None:
+    """Keep what a call comes down to, for :func:`cross_entropy` to look up."""
+    if logits.dtype.char not in "fd" or not (logits.dtype.isnative and labels.dtype.isnative):
+        return
+    *_, ignore_index, reduction, label_smoothing = key
+    dtype, n_classes = logits.dtype, logits.shape[axis]
+    layouts = _views.flatten(logits)[1], _views.flatten(labels, is_index=True)[1]
+    smoothed = label_smoothing > 0
+    kernel, _, table = _index_plan(*layouts, None, axis, ignore_index, False, smoothed, False, True)
+    weight = _padded_weights(None, n_classes if smoothed else 0, dtype)
+    keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
+    runtime = _forks.runtime()
+    out, labels_dtype, is_mean = _views.one(dtype), np.dtype(np.uint8), reduction == "mean"
+
+    def call(input: Array, target: Array) -> Any:
+        """The loss, or None where it is not that simple."""
+        flat, flat_labels = input.ravel(), target.ravel().view(labels_dtype)
+        total, _, kept, bad = kernel.serial(
+            1, runtime.new_ledger(), flat, flat_labels, weight, out, table, keep, spread
+        )
+        if bad or not kept:
+            return None
+        return _scalar(total / kept if is_mean else total, dtype)
+
+    if len(_small_calls) >= _MOST_SMALL_CALLS:
+        _small_calls.clear()
+    _small_calls[key] = call
 
 
 def _scalar(value: float, dtype: np.dtype[Any]) -> Any:

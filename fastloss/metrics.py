@@ -36,6 +36,8 @@ __all__ = [
 # Rows per tile of the kernels: what fits into the first-level cache, within bounds.
 _TILE_BYTES = 1 << 15
 _FEWEST_ROWS, _MOST_ROWS = 16, 1024
+# Scores per call of a kernel, some tenths of a second: Ctrl-C is answered between the calls.
+_CUT = 1 << 26
 # Where the class axis is strided, rows enough for long runs of memory.
 _STRIDED_ROWS = 512
 
@@ -716,7 +718,10 @@ def _add_token_losses(
 def _readable_pieces(scores: Array, dtype: np.dtype[Any]) -> Iterator[tuple[slice, Array]]:
     """The scores in float32 or float64: as they lie where they are that already, else converted in pieces."""
     if scores.dtype == dtype and _views.lies_well(scores):
-        yield slice(0, len(scores)), scores
+        step = max(1, _CUT // scores.shape[1])
+        for begin in range(0, len(scores), step):
+            rows = slice(begin, min(begin + step, len(scores)))
+            yield rows, scores[rows]
         return
     for rows in _labels.row_pieces(scores.shape):
         yield rows, scores[rows].astype(dtype)

@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import math
 import pickle
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Self
 
@@ -438,7 +439,7 @@ class KLDivergence(_Stream):
             mean (NaN) of no rows, in float64.
         """
         if self.reduction == "mean" and not self._is_deprecated:
-            functional._warn_of_mean(stacklevel=3)
+            warnings.warn(functional.MEAN_IS_NOT_THE_DIVERGENCE, UserWarning, stacklevel=2)
         state = self._state
         total = state.total()
         if self.reduction != "sum":

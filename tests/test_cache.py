@@ -73,6 +73,26 @@ def test_six_processes_fill_one_directory(warm):
     assert run(warm) == HIT
 
 
+# log 0.7; and 0.25 log(0.25 / 0.7) + 0.25 log(0.25 / 0.2) + 0.5 log(0.5 / 0.1).
+PREAMBLE = """
+import numpy as np
+import fastloss
+x = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
+"""
+LOG_SOFTMAX = ("print(round(float(fastloss.log_softmax(x)[0, 0]), 5))\n", "-0.35667\n")
+DIVERGENCE = (
+    "print(round(float(fastloss.kl_div(x[0], np.float32([0.25, 0.25, 0.5]), reduction='sum')), 5))\n",
+    "0.6031\n",
+)
+
+
+def test_kernels_that_two_processes_have_compiled_keep_their_own_functions(tmp_path):
+    """Their closures have the same names and signatures, and once had the same symbols: one called the other's."""
+    for calls in ([LOG_SOFTMAX], [DIVERGENCE], [LOG_SOFTMAX, DIVERGENCE]):
+        code = PREAMBLE + "".join(call for call, _ in calls)
+        assert run(tmp_path, code=code) == "".join(value for _, value in calls)
+
+
 def _empty(path):
     path.write_bytes(b"")
 

@@ -221,6 +221,11 @@ def rounded(state):
         return math.inf
     if state[MINUS_INFINITIES]:
         return -math.inf
+    digits = _ZERO
+    for limb in range(N_LIMBS):
+        digits |= state[limb]
+    if digits == 0:
+        return 0.0
     _carry(state)
     negative = state[N_LIMBS - 1] < 0
     if negative:

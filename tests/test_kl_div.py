@@ -31,8 +31,8 @@ def make_problem(rng, shape, target_shape, dtype, log_target):
 def assert_close(got, expected, dtype, log_target, x, y):
     """dtype, shape, kind, values.
 
-    With log_target: a difference, an exponential and a product, under 2 + 1 ulp. Without: two products and a logarithm
-    in float64, whose errors remain where the terms cancel, and one rounding.
+    With log_target: a difference, an exponential and a product, under 2 + 1 ulp. Without: a difference of logarithms
+    that keeps its rounding errors, or is taken in float64 where the terms cancel, a product and one rounding.
     """
     expected = np.asarray(expected)
     assert got.dtype == dtype

@@ -9,7 +9,9 @@ import numpy as np
 from fastloss._kernels import planes, rows, tiles
 from fastloss._kernels._jit import subroutine
 from fastloss._kernels._simd import (
+    any_lane,
     first_lane,
+    fma,
     integer_like,
     lanes,
     load,
@@ -17,7 +19,6 @@ from fastloss._kernels._simd import (
     scalar,
     splat,
     store,
-    tree_sum,
     where,
 )
 from fastloss._kernels._vecmath import LOG1P_LIMIT, log1p
@@ -57,20 +58,22 @@ def begin_targets(ledger, x, y, geometry, start, n, scratch):
 
 
 @subroutine
-def _sum_again(x, geometry, offsets, n, targets, shifts, loss, scratch):
-    """Relative to the maximum, the losses of those rows of a tile that could not be summed relative to the target."""
+def _sum_again(x, geometry, offsets, begin, end, targets, shifts, loss, scratch):
+    """The losses of some rows of a tile; those that could not be summed relative to the target, relative to the
+    maximum.
+    """
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     like = shifts[0]
-    for i in range(n):
+    for i in range(begin, end):
         if targets[i] >= 0 and not (loss[i] < LOG1P_LIMIT and np.isfinite(shifts[i])):
             largest, rest, _, _ = rows.max_shift_row(
                 x, offsets[i], stride, n_classes, None, 0, 0, None, like, like, False, like,
                 (scratch.stage, scratch.stage),
             )  # fmt: skip
             log_rest = first_lane(log1p(splat(scalar(rest, like))))
-            shifts[i] = log_rest + (largest - shifts[i]) if np.isfinite(largest) else np.nan
+            loss[i] = log_rest + (largest - shifts[i]) if np.isfinite(largest) else np.nan
         else:
-            shifts[i] = first_lane(log1p(splat(loss[i])))
+            loss[i] = first_lane(log1p(splat(loss[i]))) if targets[i] >= 0 else 0.0
 
 
 @subroutine
@@ -84,21 +87,16 @@ def _finish_targets(x, weight, geometry, offsets, n, targets, near, shifts, loss
     maximum.
     """
     like = loss[0]
-    integer = integer_like(0, like)
-    zero, limit, infinity = splat(scalar(0.0, like)), splat(scalar(LOG1P_LIMIT, like)), splat(scalar(np.inf, like))
-    nothing, one = splat(integer), splat(integer_like(1, like))
-    again = nothing
-    for i in range(0, n, lanes(like)):
-        rest, shift = load(loss, i, like), load(shifts, i, like)
-        fits = (rest < limit) & (shift < infinity) & (shift > -infinity)
-        again = again + where(load(near, i, integer) >= nothing, where(fits, nothing, one), nothing)
-    if tree_sum(again) > 0:
-        _sum_again(x, geometry, offsets, n, targets, shifts, loss, scratch)
-        for i in range(0, n, lanes(like)):
-            store(loss, i, where(load(near, i, integer) >= nothing, load(shifts, i, like), zero))
-    else:
-        for i in range(0, n, lanes(like)):
-            store(loss, i, where(load(near, i, integer) >= nothing, log1p(load(loss, i, like)), zero))
+    n_lanes, integer = lanes(like), integer_like(0, like)
+    zero, limit, nothing = splat(scalar(0.0, like)), splat(scalar(LOG1P_LIMIT, like)), splat(integer)
+    for i in range(0, n, n_lanes):
+        rest, kept = load(loss, i, like), load(near, i, integer) >= nothing
+        # 0 * x[t] is NaN where x[t] is no number.
+        fits = fma(load(shifts, i, like), zero, rest) < limit
+        store(loss, i, where(kept, log1p(rest), zero))
+        if any_lane(kept & (fits ^ (zero == zero))):
+            store(loss, i, rest)
+            _sum_again(x, geometry, offsets, i, min(i + n_lanes, n), targets, shifts, loss, scratch)
     if geometry[tiles.IS_WEIGHTED]:
         for i in range(n):
             if targets[i] >= 0:

@@ -60,11 +60,13 @@ def is_direct(geometry, array, start, n, n_lanes):
 
 @inline
 def _fits(offsets, n, reach, size):
-    """Whether ``reach`` elements from each offset on lie within an array."""
-    largest = np.int64(0)
-    for i in range(n):
-        largest = max(largest, offsets[i])
-    return largest + reach <= size
+    """Whether ``reach`` elements from each offset on lie within an array, for ``n`` rows, at least a vector."""
+    n_lanes = lanes(0.0)
+    last, outside = splat(size - reach), splat(0) != splat(0)
+    for slot in range(0, n, n_lanes):
+        i = min(slot, n - n_lanes)
+        outside = outside | (load_integers(offsets, 8 * i, np.int64(0)) > last)
+    return not any_lane(outside)
 
 
 @inline
@@ -268,6 +270,14 @@ def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, r
             row = row_of(slot, staged_rows, n_lanes)
             at = (offsets[begin] if in_place else 0) + row
             target = load(near, begin + row, integer)
+            if n_classes == 2:
+                # The other class is the only one that is summed.
+                first_class, second_class = load(source, at, like), load(source, at + step, like)
+                is_first = target == splat(integer)
+                shift = where(is_first, first_class, second_class)
+                store(shifts, begin + row, shift)
+                store(rest, begin + row, exp(where(is_first, second_class, first_class) - shift))
+                continue
             if n_classes <= SELECTED:
                 store(shifts, begin + row, _select_logit(source, at, step, n_classes, target, like))
             shift = load(shifts, begin + row, like)

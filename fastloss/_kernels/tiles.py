@@ -13,6 +13,7 @@ import numpy as np
 
 from fastloss._kernels._jit import allocating, inline, subroutine
 from fastloss._kernels._simd import (
+    any_lane,
     iota,
     lane_steps,
     lanes,
@@ -143,6 +144,25 @@ def _load_targets(data, geometry, start, n, offsets, itemsize, like, targets):
 
 
 @subroutine
+def _sort_out(targets, n, geometry, near):
+    """Replace the targets that are ignored or no class, and those behind them; see :func:`read_targets`."""
+    zero, one = splat(np.int64(0)), splat(np.int64(1))
+    n_classes, ignore_index = splat(geometry[N_CLASSES]), splat(geometry[IGNORE_INDEX])
+    has_ignore = splat(geometry[HAS_IGNORE]) == one
+    kept, bad = zero, zero
+    for i in range(0, n, lanes(0.0)):
+        target = load_integers(targets, 8 * i, np.int64(0))
+        value = where((target >= zero) & (target < n_classes), target, splat(np.int64(OUT_OF_RANGE)))
+        value = where(has_ignore & (target == ignore_index), splat(np.int64(IGNORED)), value)
+        value = where(iota(0.0) < splat(n - i), value, splat(np.int64(IGNORED)))
+        kept = kept + where(value >= zero, one, zero)
+        bad = bad + where(value == splat(np.int64(OUT_OF_RANGE)), one, zero)
+        store(targets, i, value)
+        store(near, i, value)
+    return tree_sum(kept), tree_sum(bad)
+
+
+@subroutine
 def read_targets(data, geometry, start, n, offsets, targets, near):
     """Write the class of each row, ``IGNORED`` or ``OUT_OF_RANGE``, and ``IGNORED`` for a vector behind them; how many
     are kept, and how many out of range.
@@ -166,23 +186,22 @@ def read_targets(data, geometry, start, n, offsets, targets, near):
     else:
         _load_targets(data, geometry, start, n, offsets, itemsize, np.uint32(0), targets)
     n_lanes = lanes(0.0)
-    zero, one = splat(np.int64(0)), splat(np.int64(1))
+    zero = splat(np.int64(0))
     n_classes, ignore_index = splat(geometry[N_CLASSES]), splat(geometry[IGNORE_INDEX])
-    has_ignore = splat(geometry[HAS_IGNORE]) == one
-    kept, bad = zero, zero
-    for i in range(0, n, n_lanes):
+    # Almost every tile has no target but classes, of which none is ignored: one cheap pass tells.
+    odd = zero != zero
+    for slot in range(0, n, n_lanes):
+        i = min(slot, n - n_lanes) if n >= n_lanes else slot
         target = load_integers(targets, 8 * i, np.int64(0))
-        value = where((target >= zero) & (target < n_classes), target, splat(np.int64(OUT_OF_RANGE)))
-        value = where(has_ignore & (target == ignore_index), splat(np.int64(IGNORED)), value)
-        value = where(iota(0.0) < splat(n - i), value, splat(np.int64(IGNORED)))
-        kept = kept + where(value >= zero, one, zero)
-        bad = bad + where(value == splat(np.int64(OUT_OF_RANGE)), one, zero)
-        store(targets, i, value)
-        store(near, i, value)
-    behind = (n + n_lanes - 1) // n_lanes * n_lanes
-    store(targets, behind, splat(np.int64(IGNORED)))
-    store(near, behind, splat(np.int64(IGNORED)))
-    return tree_sum(kept), tree_sum(bad)
+        odd = odd | (target < zero) | (target >= n_classes) | (target == ignore_index)
+        store(near, i, target)
+    kept, bad = n, np.int64(0)
+    if n < n_lanes or any_lane(odd):
+        kept, bad = _sort_out(targets, n, geometry, near)
+    for i in range(n, n + 2 * n_lanes, n_lanes):
+        store(targets, i, splat(np.int64(IGNORED)))
+        store(near, i, splat(np.int64(IGNORED)))
+    return kept, bad
 
 
 @subroutine

@@ -46,6 +46,13 @@ SELECTED = 16
 STAGED_ROWS = 64
 AHEAD_ROWS = 512
 
+# Rows of fewer classes than NARROW are read so fast that the CPU's own prefetcher falls behind: they are asked for this
+# many bytes ahead. Without, 5,000,000 x 2 takes 1.3 times as long and 1,000,000 x 5 1.1 times; with it, 1,000,000 x 10
+# would take 1.1 times as long.
+NARROW = 8
+AHEAD_NARROW = 2048
+CACHE_LINE = 64
+
 
 @inline
 def row_of(slot, n, n_lanes):
@@ -254,6 +261,9 @@ def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, r
     for first in range(0, n, staged_rows):
         begin = min(first, n - staged_rows)
         if not direct:
+            if n_classes < NARROW:
+                for line in range(0, staged_rows * n_classes * x.itemsize, CACHE_LINE):
+                    prefetch(x, offsets[begin], line + AHEAD_NARROW)
             stage_classes(x, offsets[begin:], staged_rows, stride, 0, n_classes, width, stage, like)
         elif not in_place:
             for c in range(n_classes):

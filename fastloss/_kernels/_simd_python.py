@@ -27,6 +27,7 @@ __all__ = [
     "next_task",
     "polynomial",
     "prefetch",
+    "prefetch_l2",
     "scalar",
     "splat",
     "store",
@@ -97,6 +98,9 @@ def copy(array, index, source, at, like):
 
 def prefetch(array, index, distance):
     pass
+
+
+prefetch_l2 = prefetch
 
 
 def load_pairs(array, index, like):

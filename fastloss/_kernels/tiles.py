@@ -20,7 +20,7 @@ from fastloss._kernels._simd import (
     load,
     load_integer,
     load_integers,
-    prefetch,
+    prefetch_l2,
     splat,
     store,
     tree_sum,
@@ -137,7 +137,7 @@ def _load_targets(data, geometry, start, n, offsets, itemsize, like, targets):
         offset = row_offset(geometry, TARGET, start)
         for slot in range(0, n, n_lanes):
             i = min(slot, n - n_lanes)
-            prefetch(data, offset + i * itemsize, n * itemsize)  # the next tile's
+            prefetch_l2(data, offset + i * itemsize, n * itemsize)  # the next tile's
             store(targets, i, load_integers(data, offset + i * itemsize, like))
     else:
         row_offsets(geometry, TARGET, start, n, offsets)

@@ -27,6 +27,7 @@ from fastloss._kernels.sums import STATE_SIZE, add_state, rounded
 # Where in a ledger the second sum lies, and the counts; the shared counter has a cache line of its own.
 SECOND_SUM = STATE_SIZE
 KEPT, BAD = 2 * STATE_SIZE, 2 * STATE_SIZE + 1
+GUESS = 2 * STATE_SIZE + 2
 NEXT_TASK = 2 * STATE_SIZE + 16
 LEDGER_SIZE = 2 * STATE_SIZE + 32
 

@@ -171,7 +171,14 @@ def _make_log_difference(coefficients):
     ln2_low = np.float32((_LN2[0] - float(ln2_high)) + _LN2[1])
     places = np.int32(23)
     two_thirds, one = np.float32(2 / 3).view(np.int32), np.float32(1)
-    p = polynomial(*[np.float32(c) for c in coefficients])
+    p01, p23, p45, p67 = (polynomial(*[np.float32(c) for c in coefficients[i : i + 2]]) for i in range(0, 8, 2))
+    last = np.float32(coefficients[8])
+
+    @inline
+    def p(f, square):
+        low = fma(square, p23(f), p01(f))
+        high = fma(square, fma(square, splat(last), p67(f)), p45(f))
+        return fma(square * square, high, low)
 
     @inline
     def log_difference(y, x):
@@ -180,7 +187,8 @@ def _make_log_difference(coefficients):
         f = from_bits(bits - (k << splat(places))) - splat(one)
         n = to_float(k)
         total = fma(n, splat(ln2_high), -x) + f
-        return total + fma(f * f, p(f), n * splat(ln2_low))
+        square = f * f
+        return total + fma(square, p(f, square), n * splat(ln2_low))
 
     return log_difference
 

@@ -21,7 +21,7 @@ from fastloss._kernels._simd import (
 )
 from fastloss._kernels._vecmath import exp, log_difference
 from fastloss._kernels.driver import GUESS, SECOND_SUM, make_kernel
-from fastloss._kernels.sums import NO_GUESS, add_block, add_sums, add_vector, grids, no_sums
+from fastloss._kernels.sums import NO_GUESS, add_block, add_sums, add_vector, add_vectors, grids, no_sums
 
 # The compensated difference of float32, good to 1.2e-8, gives values within 1e-6 in relative terms where the logarithms
 # differ by this or more.
@@ -135,7 +135,20 @@ def _make_tile(divergence, has_odd):
         constants, sums = grids(exponent, like), no_sums(like)
         n_vectors = n // n_lanes
         whole = n_vectors * n_lanes
-        for i in range(0, whole, n_lanes):
+        pairs = n_vectors // 2 * 2 * n_lanes
+        for i in range(0, pairs, 2 * n_lanes):
+            j = i + n_lanes
+            value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
+            other, other_odd = divergence(load(x, x_at + j, like), load(y, y_at + j, like))
+            sums = add_vectors(sums, constants, value, other)
+            if has_odd:
+                bits = mask_bits(is_odd)
+                odd[n_odd] = (i << 16) | bits
+                n_odd += bits != 0
+                bits = mask_bits(other_odd)
+                odd[n_odd] = (j << 16) | bits
+                n_odd += bits != 0
+        for i in range(pairs, whole, n_lanes):
             value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
             sums = add_vector(sums, constants, value)
             if has_odd:

@@ -260,6 +260,35 @@ def _(sums, grids, v):
     return lambda sums, grids, v: _add_vector64(sums, grids, v)
 
 
+@inline
+def add_vectors(sums, grids, v, w):
+    high, middle, low = grids
+    high_sum, middle_sum, low_sum, lost, moved = sums
+    v_high = v + high
+    w_high = w + high
+    v_back = v_high - high
+    w_back = w_high - high
+    v_rest = v - v_back
+    w_rest = w - w_back
+    v_middle = v_rest + middle
+    w_middle = w_rest + middle
+    v_back = v_middle - middle
+    w_back = w_middle - middle
+    v_rest = v_rest - v_back
+    w_rest = w_rest - w_back
+    v_low = v_rest + low
+    w_low = w_rest + low
+    v_last = to_bits(v_low - low) ^ to_bits(v_rest)
+    w_last = to_bits(w_low - low) ^ to_bits(w_rest)
+    return (
+        high_sum + to_bits(v_high) + to_bits(w_high),
+        middle_sum + to_bits(v_middle) + to_bits(w_middle),
+        low_sum + to_bits(v_low) + to_bits(w_low),
+        lost | v_last | w_last,
+        moved | (to_bits(v_high) ^ to_bits(high)) | (to_bits(w_high) ^ to_bits(high)),
+    )
+
+
 def add_sums(state, sums, exponent, n_vectors, like, is_guess):
     """Add the sums of ``n_vectors`` vectors on ``grids(exponent, like)``; whether that was exact (else nothing is
     added). Where the exponent ``is_guess``, whether the values are below 2**(exponent + 1) at all is looked at, too.

@@ -193,13 +193,13 @@ class TestSpecialValues:
 def tiles_of(rng, dtype, log_target, scales):
     """x and y whose divergences are of the given magnitudes, 2048 of each, a tile."""
     x, y = [], []
-    for scale in scales:
+    for scale in map(float, scales):
         goal = rng.uniform(0.5, 1, 2048)
         if log_target:
             x.append(np.log(goal) + rng.choice([-1, 1], 2048) * scale * rng.random(2048))
             y.append(np.log(goal))
         else:
-            x.append(np.log(goal * min(scale, 1.0)) - rng.uniform(1, 2, 2048) * max(scale, 1.0))
+            x.append(np.log(goal) - rng.uniform(1, 2, 2048) * max(scale, 1.0))
             y.append(goal * min(scale, 1.0))
     return np.concatenate(x).astype(dtype), np.concatenate(y).astype(dtype)
 

@@ -10,8 +10,8 @@ returns the two sums so far, rounded, and how many rows were kept and how many t
 raises, and never allocates per row.
 
 A *ledger* is a row of int64: two exact sums (see :mod:`fastloss._kernels.sums`), what was counted, an exponent that the
-next tile's values are guessed to have, and in the first one the number of the next task. The first worker's is the caller's, who may keep it from call to call; the others are
-added to it.
+next tile's values are guessed to have, and in the first one the number of the next task. The first worker's is the
+caller's, who may keep it from call to call; the others are added to it.
 """
 
 from collections import namedtuple

@@ -29,7 +29,7 @@ from fastloss._kernels._simd import (
 )
 from fastloss._kernels._vecmath import exp, log_difference
 from fastloss._kernels.driver import GUESS, SECOND_SUM, make_kernel
-from fastloss._kernels.sums import NO_GUESS, add_block, add_sums, add_vector, add_vectors, grids, no_sums
+from fastloss._kernels.sums import NO_GUESS, add_block, add_sums, add_vector, grids, no_sums
 
 # The compensated difference of float32, good to 1.2e-8, gives values within 1e-6 in relative terms where the logarithms
 # differ by this or more.

@@ -1,4 +1,12 @@
-"""The kernel of the Kullback-Leibler divergence: element by element, over two arrays of one broadcast shape."""
+"""The kernel of the Kullback-Leibler divergence: element by element, over two arrays of one broadcast shape.
+
+A sum is taken in the loop that makes the values, which are not written: the exact sum's grids (see
+:mod:`fastloss._kernels.sums`) are laid by the exponent of a tile before. A tile that does not fit them is evaluated
+again, written, and added as a block, which gives the next guess.
+
+Without prefetches: two streams that run through whole tiles are what the CPU's own prefetcher is made for (65,536 x 500
+is read 1.04 times as fast without).
+"""
 
 import numpy as np
 
@@ -7,24 +15,21 @@ from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
     first_lane,
     fma,
+    integer_like,
+    iota,
     lanes,
     load,
     load_one,
     lowest_bit,
     mask_bits,
-    prefetch,
     scalar,
     splat,
     store,
     where,
 )
 from fastloss._kernels._vecmath import exp, log_difference
-from fastloss._kernels.driver import SECOND_SUM, make_kernel
-from fastloss._kernels.sums import add_block
-
-# How far ahead of the loads memory is asked for, in bytes: past the tile, see :data:`fastloss._kernels.rows.AHEAD`.
-AHEAD = 4096
-
+from fastloss._kernels.driver import GUESS, SECOND_SUM, make_kernel
+from fastloss._kernels.sums import NO_GUESS, add_block, add_sums, add_vector, grids, no_sums
 
 # The compensated difference of float32, good to 1.2e-8, gives values within 1e-6 in relative terms where the logarithms
 # differ by this or more.
@@ -34,38 +39,57 @@ SMALLEST = 2.0**-120
 
 
 @inline
-def _divergence(x, y):
-    """xlogy(y, y) - y * x as y * (log(y) - x), the difference with more digits than the data's: its terms cancel where
-    the distributions are close. In float64, or for what :func:`_is_ordinary` passes.
-    """
-    return y * log_difference(y, x)
-
-
-@inline
-def _is_odd(value, y):
-    """Whether :func:`_divergence` may be wrong in float32: y is neither 0 nor a large enough positive number, x is not
-    finite (then the value is NaN), or the logarithms differ by less than :data:`CLOSE`.
+def _is_odd(difference, y):
+    """Whether y * ``difference`` may be wrong in float32: y is neither 0 nor a large enough positive number, or the
+    logarithms differ by less than :data:`CLOSE`.
     """
     like = first_lane(y)
     smallest, infinity = splat(scalar(SMALLEST, like)), splat(scalar(np.inf, like))
-    zero, limit = splat(scalar(0.0, like)), y * splat(scalar(CLOSE, like))
-    size = where(value < zero, -value, value)
-    is_ordinary = ((y == zero) | (y >= smallest)) & (y < infinity) & (size >= limit)
+    zero, close = splat(scalar(0.0, like)), splat(scalar(CLOSE, like))
+    size = where(difference < zero, -difference, difference)
+    is_ordinary = ((y == zero) | (y >= smallest)) & (y < infinity) & (size >= close)
     return is_ordinary ^ (zero == zero)
 
 
 @inline
 def _any_divergence(x, y):
-    """:func:`_divergence` in float64 of any x and y."""
+    """xlogy(y, y) - y * x in float64 of any x and y."""
     like = first_lane(y)
     zero, infinity, nan = splat(scalar(0.0, like)), splat(scalar(np.inf, like)), splat(scalar(np.nan, like))
-    value = where((y >= zero) & (y < infinity), _divergence(x, y), where(y > zero, fma(-y, x, y), nan))
+    ordinary = y * log_difference(y, x)
+    value = where((y >= zero) & (y < infinity), ordinary, where(y > zero, fma(-y, x, y), nan))
     return value + zero  # makes a -0 of y = 0 positive
 
 
+@inline
+def _divergence(x, y):
+    """xlogy(y, y) - y * x as y * (log(y) - x), the difference with more digits than the data's: its terms cancel where
+    the distributions are close. In float32 some are odd (see :func:`_is_odd`): these are 0, and told by a mask.
+    """
+    like = first_lane(y)
+    zero = splat(scalar(0.0, like))
+    if lanes(like) == lanes(0.0):
+        return _any_divergence(x, y), zero != zero
+    difference = log_difference(y, x)
+    is_odd = _is_odd(difference, y)
+    return where(is_odd, zero, y * difference + zero), is_odd
+
+
+@inline
+def _log_divergence(x, y):
+    """exp(y) * (y - x): the difference is exact where it matters, so the data's own precision does. None is odd.
+
+    exp(y) is taken as exp(y / 2)**2, which overflows to inf where y does (exp alone gives NaN there) and reaches the
+    subnormal numbers.
+    """
+    root = exp(y * splat(scalar(0.5, first_lane(y))))
+    return root * root * (y - x), y != y
+
+
 @subroutine
-def _mend(x, x_at, y, y_at, values, odd, n_odd, numbers, inputs, targets):
-    """Take those values of a tile anew, in float64, whose vectors and lanes ``odd`` tells; the rest is scratch.
+def _mend(x, x_at, y, y_at, odd, n_odd, numbers, inputs, targets, mended):
+    """Take those values of a tile in float64 whose vectors and lanes ``odd`` tells: into ``mended``, one after the
+    other, with their ``numbers`` and a vector of zeros behind; how many they are.
 
     They are some in a hundred where the distributions are not close, so they are gathered to fill vectors.
     """
@@ -80,20 +104,84 @@ def _mend(x, x_at, y, y_at, values, odd, n_odd, numbers, inputs, targets):
             targets[n] = load_one(y, y_at + i, 0.0)
             n += 1
     for i in range(0, n, lanes(0.0)):
-        store(inputs, i, _any_divergence(load(inputs, i, 0.0), load(targets, i, 0.0)))
-    for i in range(n):
-        values[numbers[i]] = inputs[i]
+        store(mended, i, _any_divergence(load(inputs, i, 0.0), load(targets, i, 0.0)))
+    store(mended, n, splat(scalar(0.0, mended[0])))
+    return n
 
 
-@inline
-def _log_divergence(x, y):
-    """exp(y) * (y - x): the difference is exact where it matters, so the data's own precision does.
+def _make_tile(divergence, has_odd):
+    """The two ways through a tile of :func:`divergence`, some of whose values are odd or none."""
 
-    exp(y) is taken as exp(y / 2)**2, which overflows to inf where y does (exp alone gives NaN there) and reaches the
-    subnormal numbers.
-    """
-    root = exp(y * splat(scalar(0.5, first_lane(y))))
-    return root * root * (y - x)
+    @subroutine
+    def write(x, x_at, y, y_at, n, scratch, values):
+        """Write the divergences of a tile."""
+        like = values[0]
+        n_lanes = lanes(like)
+        odd, numbers, mended = scratch.places[0], scratch.places[1], scratch.narrow[1]
+        n_odd = 0
+        for slot in range(0, n, n_lanes):
+            i = planes.row_of(slot, n, n_lanes)
+            value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
+            store(values, i, value)
+            if has_odd:
+                bits = mask_bits(is_odd)
+                odd[n_odd] = (i << 16) | bits
+                n_odd += bits != 0
+        if n_odd:
+            n_odd = _mend(x, x_at, y, y_at, odd, n_odd, numbers, scratch.wide[0], scratch.wide[1], mended)
+            for i in range(n_odd):
+                values[numbers[i]] = mended[i]
+
+    @subroutine
+    def add(x, x_at, y, y_at, n, scratch, exponent, state):
+        """Add the divergences of a tile to an exact sum, if they fit the grids of ``exponent``; whether they did.
+
+        Each vector goes on the grids after the next has been evaluated: the CPU, which looks some 60 operations ahead,
+        finds two independent chains there (in the second-level cache, 1.15 times as fast as one after the other).
+        """
+        mended = scratch.narrow[1]
+        like = mended[0]
+        n_lanes = lanes(like)
+        zero = splat(scalar(0.0, like))
+        odd, n_odd = scratch.places[0], 0
+        constants, sums = grids(exponent, like), no_sums(like)
+        n_vectors = n // n_lanes
+        whole = n_vectors * n_lanes
+        held = zero
+        for i in range(0, whole, n_lanes):
+            value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
+            sums = add_vector(sums, constants, held)
+            held = value
+            if has_odd:
+                bits = mask_bits(is_odd)
+                odd[n_odd] = (i << 16) | bits
+                n_odd += bits != 0
+        sums = add_vector(sums, constants, held)
+        n_vectors += 1  # (with the zeros that were held first)
+        if whole < n:
+            # The last vector is laid to end with the tile; a tile shorter than a vector starts it.
+            i = planes.row_of(whole, n, n_lanes)
+            lane = iota(like)
+            is_new = (lane >= splat(integer_like(whole - i, like))) & (lane < splat(integer_like(n - i, like)))
+            value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
+            sums = add_vector(sums, constants, where(is_new, value, zero))
+            n_vectors += 1
+            if has_odd:
+                bits = mask_bits(is_odd & is_new)
+                odd[n_odd] = (i << 16) | bits
+                n_odd += bits != 0
+        if n_odd:
+            n_odd = _mend(x, x_at, y, y_at, odd, n_odd, scratch.places[1], scratch.wide[0], scratch.wide[1], mended)
+            for i in range(0, n_odd, n_lanes):
+                sums = add_vector(sums, constants, load(mended, i, like))
+                n_vectors += 1
+        return add_sums(state, sums, exponent, n_vectors, like, True)
+
+    return write, add
+
+
+_write, _add = _make_tile(_divergence, True)
+_write_log, _add_log = _make_tile(_log_divergence, False)
 
 
 @inline
@@ -103,51 +191,40 @@ def _stage(array, geometry, which, start, n, offsets, stage):
         stage[i] = array[offsets[i]]
 
 
-@inline
-def _evaluate(x, x_at, y, y_at, n, is_log, scratch, values):
-    """Write the divergences of a tile."""
-    like = values[0]
-    n_lanes = lanes(like)
-    odd, n_odd = scratch.places[0], 0
-    for slot in range(0, n, n_lanes):
-        i = planes.row_of(slot, n, n_lanes)
-        prefetch(x, x_at + i, AHEAD)
-        prefetch(y, y_at + i, AHEAD)
-        a, b = load(x, x_at + i, like), load(y, y_at + i, like)
-        if is_log:
-            store(values, i, _log_divergence(a, b))
-        elif n_lanes == lanes(0.0):
-            store(values, i, _any_divergence(a, b))
-        else:
-            value = _divergence(a, b) + splat(scalar(0.0, like))
-            store(values, i, value)
-            bits = mask_bits(_is_odd(value, b))
-            odd[n_odd] = (i << 16) | bits
-            n_odd += bits != 0
-    if n_odd:
-        _mend(x, x_at, y, y_at, values, odd, n_odd, scratch.places[1], scratch.wide[0], scratch.wide[1])
-
-
 @subroutine
 def _kl_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
     """The pointwise divergence of a tile, and its exact sum."""
     n_lanes = lanes(out[0])
     offsets, values = scratch.places[0], scratch.narrow[0]
     start, n = tiles.tile_bounds(geometry, tile)
-    x_direct = planes.is_direct(geometry, tiles.INPUT, start, n, n_lanes)
-    y_direct = planes.is_direct(geometry, tiles.TARGET, start, n, n_lanes)
     is_log = geometry[tiles.IS_LOG] != 0
-    if x_direct and y_direct:
-        x_offset = tiles.row_offset(geometry, tiles.INPUT, start)
-        _evaluate(x, x_offset, y, tiles.row_offset(geometry, tiles.TARGET, start), n, is_log, scratch, values)
+    wants_rows, wants_sum = geometry[tiles.WANTS_ROWS] != 0, geometry[tiles.WANTS_SUM] != 0
+    if planes.is_direct(geometry, tiles.INPUT, start, n, n_lanes) and planes.is_direct(
+        geometry, tiles.TARGET, start, n, n_lanes
+    ):
+        x_at, y_at = tiles.row_offset(geometry, tiles.INPUT, start), tiles.row_offset(geometry, tiles.TARGET, start)
+        a, b = x, y
     else:
         _stage(x, geometry, tiles.INPUT, start, n, offsets, scratch.stage)
         _stage(y, geometry, tiles.TARGET, start, n, offsets, scratch.other_stage)
-        _evaluate(scratch.stage, 0, scratch.other_stage, 0, n, is_log, scratch, values)
-    if geometry[tiles.WANTS_ROWS]:
+        x_at, y_at = np.int64(0), np.int64(0)
+        a, b = scratch.stage, scratch.other_stage
+    is_added = False
+    if wants_sum and not wants_rows and ledger[GUESS] != NO_GUESS:
+        if is_log:
+            is_added = _add_log(a, x_at, b, y_at, n, scratch, ledger[GUESS], ledger[:SECOND_SUM])
+        else:
+            is_added = _add(a, x_at, b, y_at, n, scratch, ledger[GUESS], ledger[:SECOND_SUM])
+    if is_added:
+        return
+    if is_log:
+        _write_log(a, x_at, b, y_at, n, scratch, values)
+    else:
+        _write(a, x_at, b, y_at, n, scratch, values)
+    if wants_rows:
         tiles.put_rows(out, geometry, tiles.OUT, start, n, offsets, values)
-    if geometry[tiles.WANTS_SUM]:
-        add_block(ledger[:SECOND_SUM], values, n)
+    if wants_sum:
+        ledger[GUESS] = add_block(ledger[:SECOND_SUM], values, n)
 
 
 kl = make_kernel("kl", _kl_tile)

@@ -9,7 +9,10 @@ and -inf were added. This is the long accumulator of Kulisch (Computer Arithmeti
 negative or exceed 2**32 for a while (an int64 has room for 2**30 additions) until :func:`_carry`.
 
 Adding one number to the accumulator takes some 5 ns; a block of them costs under 1 ns each by the pre-rounding method
-of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64, 2015), see :func:`add_block`.
+of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64, 2015), see :func:`add_block`. A kernel
+that makes a value per element adds them as they are made, in registers, by :func:`grids`, :func:`no_sums`,
+:func:`add_vector` and :func:`add_sums`, with an exponent guessed from the block before: any that fits gives the same
+sum, because the sum is exact, and whether it fits is seen at the end.
 """
 
 import math
@@ -41,6 +44,17 @@ STATE_SIZE = N_LIMBS + 3
 
 # The longest block of add_block: 2**50 * 4096 fits into an int64.
 MAX_BLOCK = 4096
+# The same where the exponent is guessed: values up to 2**51 units of the grid are taken for fitting.
+MAX_GUESSED = 2048
+
+# The exponents that the grids of float32 and of float64 take: the constant of the coarsest must be finite, that of the
+# finest, some 2**67 and 2**100 below, a normal number.
+LOWEST_NARROW, HIGHEST_NARROW = -81, 125
+LOWEST_WIDE, HIGHEST_WIDE = -799, 959
+# How far the guess for the next block lies above the largest exponent of this one: its largest value may be 16 times
+# this one's, and 40 binades (43 of float64) are left for the smallest.
+MARGIN = 4
+NO_GUESS = 1 << 20
 
 _ZERO = np.int64(0)
 _MASK32 = np.int64(0xFFFFFFFF)
@@ -112,78 +126,195 @@ def _lane_sum(lanes_):
 
 
 @inline
-def _add_float32_grids(state, values, n, exponent):
-    """Add float32 ``values`` below 2**(exponent + 1) on three grids; whether that was exact (else nothing is added)."""
-    like = np.float32(0)
-    grid = exponent - 21
-    step = np.int64(23) << 23
-    high_bits = ((grid + 23 + 127) << 23) | (np.int64(1) << 22)
-    high = from_bits(splat(integer_like(high_bits, like)))
-    middle = from_bits(splat(integer_like(high_bits - step, like)))
-    low = from_bits(splat(integer_like(high_bits - 2 * step, like)))
-    zero = splat(integer_like(0, like))
-    high_sum, middle_sum, low_sum = zero, zero, zero
-    outside = high != high
-    for i in range(0, n, lanes(like)):
-        v = load(values, i, like)
-        on_high = v + high
-        rest = v - (on_high - high)
-        on_middle = rest + middle
-        rest = rest - (on_middle - middle)
-        on_low = rest + low
-        outside = outside | (on_low - low != rest)
-        high_sum = high_sum + (to_bits(on_high) - to_bits(high))
-        middle_sum = middle_sum + (to_bits(on_middle) - to_bits(middle))
-        low_sum = low_sum + (to_bits(on_low) - to_bits(low))
+def _round(v, constant):
+    """The bits of the sum with a grid's constant, and what is left of ``v``, exactly."""
+    on_grid = v + constant
+    return to_bits(on_grid), v - (on_grid - constant)
+
+
+@inline
+def _last_round(v, constant):
+    """As :func:`_round`, but of what is left only some bits, which are 0 (but for a sign) if nothing is."""
+    on_grid = v + constant
+    return to_bits(on_grid), to_bits(on_grid - constant) ^ to_bits(v)
+
+
+@inline
+def _grids32(exponent):
+    grid, step, like = exponent - 21, np.int64(23) << 23, np.float32(0)
+    bits = ((grid + 23 + 127) << 23) | (np.int64(1) << 22)
+    high, middle = integer_like(bits, like), integer_like(bits - step, like)
+    low = integer_like(bits - 2 * step, like)
+    return from_bits(splat(high)), from_bits(splat(middle)), from_bits(splat(low))
+
+
+@inline
+def _no_sums32():
+    zero = splat(integer_like(0, np.float32(0)))
+    return zero, zero, zero, zero, zero
+
+
+@inline
+def _add_vector32(sums, grids, v):
+    high, middle, low = grids
+    high_sum, middle_sum, low_sum, lost, moved = sums
+    bits, rest = _round(v, high)
+    middle_bits, rest = _round(rest, middle)
+    low_bits, last = _last_round(rest, low)
+    moved = moved | (bits ^ to_bits(high))
+    return high_sum + bits, middle_sum + middle_bits, low_sum + low_bits, lost | last, moved
+
+
+@inline
+def _add_sum32(state, total, grid, n_vectors):
+    """Add the sum of the bits of ``n_vectors`` vectors on a grid, less the constant's, modulo 2**32."""
+    constant = (n_vectors * (((grid + 23 + 127) << 1) | 1) & 0x3FF) << 22
+    _add_integer(state, _lane_sum(total - splat(integer_like(constant, np.float32(0)))), grid)
+
+
+@inline
+def _add_sums32(state, sums, exponent, n_vectors, may_have_moved):
+    high_sum, middle_sum, low_sum, lost, moved = sums
+    zero, sign = splat(integer_like(0, np.float32(0))), splat(integer_like(1, np.float32(0)))
+    outside = (lost << sign) != zero
+    if may_have_moved:
+        outside = outside | ((moved >> splat(integer_like(23, np.float32(0)))) != zero)
     if any_lane(outside):
         return False
-    _add_integer(state, _lane_sum(high_sum), grid)
-    _add_integer(state, _lane_sum(middle_sum), grid - 23)
-    _add_integer(state, _lane_sum(low_sum), grid - 46)
+    _add_sum32(state, high_sum, exponent - 21, n_vectors)
+    _add_sum32(state, middle_sum, exponent - 44, n_vectors)
+    _add_sum32(state, low_sum, exponent - 67, n_vectors)
     return True
 
 
 @inline
-def _add_float64_grids(state, values, n, exponent):
-    """Add ``values`` below 2**(exponent + 1) on two grids of float64; whether that was exact, as above."""
-    grid = exponent - 49
-    step = np.int64(51) << 52
-    high_bits = ((grid + 52 + 1023) << 52) | (np.int64(1) << 51)
-    high, low = from_bits(splat(high_bits)), from_bits(splat(high_bits - step))
-    high_sum, low_sum = splat(_ZERO), splat(_ZERO)
-    outside = high != high
-    for i in range(0, n, lanes(0.0)):
-        v = load(values, i, 0.0)
-        on_high = v + high
-        rest = v - (on_high - high)
-        on_low = rest + low
-        outside = outside | (on_low - low != rest)
-        high_sum = high_sum + (to_bits(on_high) - to_bits(high))
-        low_sum = low_sum + (to_bits(on_low) - to_bits(low))
+def _grids64(exponent):
+    grid, step = exponent - 49, np.int64(51) << 52
+    bits = ((grid + 52 + 1023) << 52) | (np.int64(1) << 51)
+    return from_bits(splat(bits)), from_bits(splat(bits - step))
+
+
+@inline
+def _no_sums64():
+    return splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+
+
+@inline
+def _add_vector64(sums, grids, v):
+    high, low = grids
+    high_sum, low_sum, lost, moved = sums
+    bits, rest = _round(v, high)
+    low_bits, last = _last_round(rest, low)
+    moved = moved | (bits ^ to_bits(high))
+    return high_sum + bits, low_sum + low_bits, lost | last, moved
+
+
+@inline
+def _add_sum64(state, total, grid, n_vectors):
+    """As :func:`_add_sum32`, modulo 2**64."""
+    constant = n_vectors * (((grid + 52 + 1023) << 1) | 1) & 0x1FFF
+    constant = ((constant ^ 0x1000) - 0x1000) << 51
+    _add_integer(state, tree_sum(total - splat(np.int64(constant))), grid)
+
+
+@inline
+def _add_sums64(state, sums, exponent, n_vectors, may_have_moved):
+    high_sum, low_sum, lost, moved = sums
+    outside = (lost << splat(np.int64(1))) != splat(_ZERO)
+    if may_have_moved:
+        outside = outside | ((moved >> splat(np.int64(52))) != splat(_ZERO))
     if any_lane(outside):
         return False
-    _add_integer(state, tree_sum(high_sum), grid)
-    _add_integer(state, tree_sum(low_sum), grid - 51)
+    _add_sum64(state, high_sum, exponent - 49, n_vectors)
+    _add_sum64(state, low_sum, exponent - 100, n_vectors)
     return True
+
+
+def grids(exponent, like):
+    """The constants of the grids for values of ``like``'s type below 2**(exponent + 1); see :func:`add_block`."""
+    return _grids32(exponent) if isinstance(like, np.float32) else _grids64(exponent)
+
+
+@overload(grids, jit_options={"forceinline": True})
+def _(exponent, like):
+    if like == types.float32:
+        return lambda exponent, like: _grids32(exponent)
+    return lambda exponent, like: _grids64(exponent)
+
+
+def no_sums(like):
+    """The sums of no vectors: one per grid; in which bits something was lost; which bits of the first have changed."""
+    return _no_sums32() if isinstance(like, np.float32) else _no_sums64()
+
+
+@overload(no_sums, jit_options={"forceinline": True})
+def _(like):
+    if like == types.float32:
+        return lambda like: _no_sums32()
+    return lambda like: _no_sums64()
+
+
+def add_vector(sums, grids, v):
+    """The sums with a vector more; see :func:`add_block`."""
+    return (_add_vector32 if v.dtype == np.float32 else _add_vector64)(sums, grids, v)
+
+
+@overload(add_vector, jit_options={"forceinline": True})
+def _(sums, grids, v):
+    if v.dtype == types.float32:
+        return lambda sums, grids, v: _add_vector32(sums, grids, v)
+    return lambda sums, grids, v: _add_vector64(sums, grids, v)
+
+
+def add_sums(state, sums, exponent, n_vectors, like, is_guess):
+    """Add the sums of ``n_vectors`` vectors on ``grids(exponent, like)``; whether that was exact (else nothing is
+    added). Where the exponent ``is_guess``, the values may be anything, but no more than :data:`MAX_GUESSED` of them
+    may differ from 0.
+    """
+    add = _add_sums32 if isinstance(like, np.float32) else _add_sums64
+    return add(state, sums, exponent, n_vectors, is_guess)
+
+
+@overload(add_sums, jit_options={"forceinline": True})
+def _(state, sums, exponent, n_vectors, like, is_guess):
+    if like == types.float32:
+        return lambda state, sums, exponent, n_vectors, like, is_guess: _add_sums32(
+            state, sums, exponent, n_vectors, is_guess
+        )
+    return lambda state, sums, exponent, n_vectors, like, is_guess: _add_sums64(
+        state, sums, exponent, n_vectors, is_guess
+    )
+
+
+@inline
+def _add_on_grids(state, values, n, exponent, like):
+    """Add ``values`` below 2**(exponent + 1) on the grids of the type of ``like``; whether that was exact."""
+    constants, sums = grids(exponent, like), no_sums(like)
+    n_lanes = lanes(like)
+    for i in range(0, n, n_lanes):
+        sums = add_vector(sums, constants, load(values, i, like))
+    return add_sums(state, sums, exponent, (n + n_lanes - 1) // n_lanes, like, False)
 
 
 @inline
 def _add_narrow(state, values, n):
-    # The lowest of the three grids is 2**(exponent - 67), whose constant must be a normal float32.
-    exponent = _largest_exponent(values, n, 23) - 127
-    if -82 < exponent < 126 and _add_float32_grids(state, values, n, exponent):
-        return True
-    return exponent < 127 and _add_float64_grids(state, values, n, exponent)
+    # (From inf or NaN on, the exponent is 128.)
+    exponent = max(_largest_exponent(values, n, 23) - 127, np.int64(LOWEST_NARROW))
+    if exponent <= HIGHEST_NARROW and _add_on_grids(state, values, n, exponent, values[0]):
+        return True, min(exponent + MARGIN, np.int64(HIGHEST_NARROW))
+    return exponent < 128 and _add_on_grids(state, values, n, exponent, 0.0), np.int64(NO_GUESS)
 
 
 @inline
 def _add_wide(state, values, n):
-    exponent = _largest_exponent(values, n, 52) - 1023
-    return -800 < exponent < 960 and _add_float64_grids(state, values, n, exponent)
+    exponent = max(_largest_exponent(values, n, 52) - 1023, np.int64(LOWEST_WIDE))
+    if exponent <= HIGHEST_WIDE and _add_on_grids(state, values, n, exponent, values[0]):
+        return True, min(exponent + MARGIN, np.int64(HIGHEST_WIDE))
+    return False, np.int64(NO_GUESS)
 
 
 def _add_grids(state, values, n):
-    """Add a block on grids, if its exponents allow; whether that was exact (else nothing is added)."""
+    """Add a block on grids, if its exponents allow: whether that was exact (else nothing is added), and the guess."""
     return (_add_narrow if values.dtype == np.float32 else _add_wide)(state, values, n)
 
 
@@ -196,20 +327,25 @@ def _(state, values, n):
 
 @subroutine
 def add_block(state, values, n):
-    """Add ``values[:n]`` exactly; ``values`` is scratch with room for one vector more, which is overwritten.
+    """Add ``values[:n]`` exactly; ``values`` is scratch with room for one vector more, which is overwritten. Returns an
+    exponent for :func:`grids` that will probably do for a block like this one, or :data:`NO_GUESS`.
 
     Method: with M = 1.5 * 2**(p - 1 + g), where p is the precision, t = v + M holds v rounded to a multiple of 2**g in
     its low bits, so that the bits of t, added as integers, sum those multiples without error. The grid g is laid so
     that the block's largest value just fits. The remainder v - (t - M), which is exact, goes through finer grids in
     turn: three of float32 reach 2**-67 of the largest value with 16 lanes to a vector, two of float64 2**-100 with 8.
+    The bits of M itself, as often as there are vectors, are taken off the integer at the end. A v too large for the
+    grid changes the exponent of t.
     Where a value reaches below that too, or is not finite, or the exponents come near the ends of float64, the block is
     added number by number.
     """
     store(values, n, splat(scalar(0.0, values[0])))
-    if not _add_grids(state, values, n):
+    was_exact, guess = _add_grids(state, values, n)
+    if not was_exact:
         for i in range(n):
             _add_float(state, np.float64(values[i]))
         _carry(state)
+    return guess
 
 
 @subroutine

@@ -30,6 +30,7 @@ from fastloss._validation import Array
 
 if TYPE_CHECKING:
     from fastloss._kernels._jit import Kernel
+    from fastloss._kernels.driver import TileKernel
 
 # Elements below which a kernel runs serially. Two threads take some 5 us to start; a thread scores about a million
 # elements in a millisecond.
@@ -152,7 +153,7 @@ def new_ledger() -> Array:
 
 
 def run_tiles(
-    kernel: "Kernel",
+    kernel: "TileKernel",
     n_elements: int,
     ledger: Array,
     x: Array,
@@ -188,7 +189,7 @@ def run_tiles(
 
 
 def _run_cut(
-    kernel: "Kernel",
+    kernel: "TileKernel",
     n_elements: int,
     ledger: Array,
     x: Array,
@@ -200,16 +201,13 @@ def _run_cut(
     spread: float,
 ) -> Any:
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
-    if n_workers == 1:
-        return kernel.serial(1, ledger, x, y, weight, out, geometry, keep, spread)
+    weights = tuple(w.dtype for w in weight) if type(weight) is tuple else weight.dtype
+    entry = kernel.entry(n_workers > 1, x.dtype, y.dtype, weights, out.dtype)
     try:
-        ledgers = np.zeros((n_workers, LEDGER_SIZE), np.int64)
-        ledgers[0] = ledger[0]
-        found = kernel.parallel(n_workers, ledgers, x, y, weight, out, geometry, keep, spread)
-        ledger[0] = ledgers[0]
-        return found
+        return entry(n_workers, ledger, x, y, weight, out, geometry, keep, spread)
     finally:
-        _leave()
+        if n_workers > 1:
+            _leave()
 
 
 def target() -> tuple[str, int]:

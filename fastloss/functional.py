@@ -507,18 +507,17 @@ def _remember_small_call(key: Any, logits: Array, labels: Array, axis: int) -> N
     kernel, _, table = _index_plan(*layouts, None, axis, ignore_index, False, smoothed, False, True)
     weight = _padded_weights(None, n_classes if smoothed else 0, dtype)
     keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
-    runtime = _forks.runtime()
-    out, labels_dtype, is_mean = _views.one(dtype), np.dtype(np.uint8), reduction == "mean"
+    out, ledger, is_mean = _views.one(dtype), np.zeros(0, np.int64), reduction == "mean"
+    entry = kernel.entry(False, dtype, np.dtype(np.uint8), weight.dtype, dtype)
+    scalar = dtype.type
 
     def call(input: Array, target: Array) -> Any:
         """The loss, or None where it is not that simple."""
-        flat, flat_labels = input.ravel(), target.ravel().view(labels_dtype)
-        total, _, kept, bad = kernel.serial(
-            1, runtime.new_ledger(), flat, flat_labels, weight, out, table, keep, spread
-        )
+        total, _, kept, bad = entry(1, ledger, input, target, weight, out, table, keep, spread)
         if bad or not kept:
             return None
-        return _scalar(total / kept if is_mean else total, dtype)
+        value = total / kept if is_mean else total
+        return scalar(value) if -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32 else _scalar(value, dtype)
 
     if len(_small_calls) >= _MOST_SMALL_CALLS:
         _small_calls.clear()

@@ -3,7 +3,7 @@
 from fastloss._kernels import tiles
 from fastloss._kernels._jit import subroutine
 from fastloss._kernels._simd import load_one
-from fastloss._kernels.driver import make_kernel
+from fastloss._kernels.driver import ANY_NUMBER, make_kernel
 from fastloss._kernels.losses import begin_targets, deliver
 
 
@@ -26,4 +26,4 @@ def _nll_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
     deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss)
 
 
-nll = make_kernel("nll", _nll_tile)
+nll = make_kernel("nll", _nll_tile, light=ANY_NUMBER)

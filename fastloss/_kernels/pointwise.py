@@ -19,7 +19,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, log_difference
-from fastloss._kernels.driver import SECOND_SUM, make_kernel
+from fastloss._kernels.driver import ANY_NUMBER, SECOND_SUM, make_kernel
 from fastloss._kernels.sums import add_block
 
 # How far ahead of the loads memory is asked for, in bytes: past the tile, see :data:`fastloss._kernels.rows.AHEAD`.
@@ -150,4 +150,4 @@ def _kl_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
         add_block(ledger[:SECOND_SUM], values, n)
 
 
-kl = make_kernel("kl", _kl_tile)
+kl = make_kernel("kl", _kl_tile, light=ANY_NUMBER)

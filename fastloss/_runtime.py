@@ -147,6 +147,10 @@ def run(kernel: "Kernel", n_elements: int, n_tasks: int, *args: Any) -> Any:
         _leave()
 
 
+# What a kernel gets whose sums are not to be kept from call to call.
+NO_LEDGER = np.zeros(0, np.int64)
+
+
 def new_ledger() -> Array:
     """Where a kernel keeps its exact sums and counts, from call to call; see :mod:`fastloss._kernels.driver`."""
     return np.zeros((1, LEDGER_SIZE), np.int64)
@@ -158,7 +162,7 @@ def run_tiles(
     ledger: Array,
     x: Array,
     y: Array,
-    weight: Array,
+    weight: Any,
     out: Array,
     geometry: Array,
     keep: float = 1.0,
@@ -174,6 +178,7 @@ def run_tiles(
     n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
     n_tasks = -(-n_tiles // task)
     cut = geometry.copy()
+    ledger = ledger if ledger.size else new_ledger()
     begin, size = 0, max(1, FIRST_CUT * n_tasks // n_elements)
     found = None
     while begin < n_tasks:
@@ -194,16 +199,16 @@ def _run_cut(
     ledger: Array,
     x: Array,
     y: Array,
-    weight: Array,
+    weight: Any,
     out: Array,
     geometry: Array,
     keep: float,
     spread: float,
 ) -> Any:
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
-    weights = tuple(w.dtype for w in weight) if type(weight) is tuple else weight.dtype
-    entry = kernel.entry(n_workers > 1, x.dtype, y.dtype, weights, out.dtype)
     try:
+        weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
+        entry = kernel.entry(n_workers > 1, x.dtype, y.dtype, weights, out.dtype)
         return entry(n_workers, ledger, x, y, weight, out, geometry, keep, spread)
     finally:
         if n_workers > 1:

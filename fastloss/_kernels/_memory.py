@@ -102,7 +102,7 @@ def memory_of(typingctx, argument):
     def codegen(context, builder, sig, args):
         values = cgutils.unpack_tuple(builder, args[0]) if is_tuple else args
         arrays = []
-        for flat, value in zip(flats, values):
+        for flat, value in zip(flats, values, strict=True):
             native = cgutils.create_struct_proxy(flat)(context, builder, value)
             arrays.append(_array_of(context, builder, flat.array, native.data, [native.size]))
         return context.make_tuple(builder, result, arrays) if is_tuple else arrays[0]

@@ -15,6 +15,7 @@ it from call to call, or give an empty array.
 """
 
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 from numba import config, float64, int64, prange
@@ -128,7 +129,7 @@ class TileKernel(Kernel):
         super().__init__(name, body)
         self._entries = {}
 
-    def entry(self, is_parallel, x, y, weight, out):
+    def entry(self, is_parallel: bool, x: Any, y: Any, weight: Any, out: Any) -> Any:
         """What to call for arrays that are seen as these dtypes (``weight`` may be a tuple of them), positionally."""
         key = is_parallel, x, y, weight, out
         entry = self._entries.get(key)

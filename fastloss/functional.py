@@ -128,11 +128,12 @@ def cross_entropy(
         weight is None
         and size_average is None
         and reduce is None
+        and type(input) is type(target) is np.ndarray
         and type(ignore_index) is int
         and type(reduction) is str
         and type(label_smoothing) is float
     ):
-        key = _small_key("cross_entropy", input, target, ignore_index, reduction, label_smoothing)
+        key = input.dtype, input.shape, target.dtype, target.shape, ignore_index, reduction, label_smoothing
         call = _small_calls.get(key)
         if call is not None and (value := call(input, target)) is not None:
             return value
@@ -214,10 +215,11 @@ def nll_loss(
         weight is None
         and size_average is None
         and reduce is None
+        and type(input) is type(target) is np.ndarray
         and type(ignore_index) is int
         and type(reduction) is str
     ):
-        key = _small_key("nll_loss", input, target, ignore_index, reduction)
+        key = "nll_loss", input.dtype, input.shape, target.dtype, target.shape, ignore_index, reduction
         call = _small_calls.get(key)
         if call is not None and (value := call(input, target)) is not None:
             return value
@@ -296,8 +298,13 @@ def kl_div(
     """
     is_deprecated = size_average is not None or reduce is not None
     key = None
-    if not is_deprecated and type(reduction) is str and type(log_target) is bool:
-        key = _small_key("kl_div", input, target, reduction, log_target)
+    if (
+        not is_deprecated
+        and type(input) is type(target) is np.ndarray
+        and type(reduction) is str
+        and type(log_target) is bool
+    ):
+        key = "kl_div", input.dtype, input.shape, target.dtype, target.shape, reduction, log_target
         call = _small_calls.get(key)
         if call is not None and (value := call(input, target)) is not None:
             return value
@@ -477,8 +484,12 @@ def logsumexp(
     axis = _validation.one_spelling(axis, dim, "axis", "dim", _UNSET)
     keepdims = _validation.one_spelling(keepdims, keepdim, "keepdims", "keepdim", _UNSET)
     key = None
-    if (axis is None or axis is _UNSET or type(axis) is int) and (keepdims is _UNSET or type(keepdims) is bool):
-        key = _small_key("logsumexp", input, input, axis, keepdims)
+    if (
+        type(input) is np.ndarray
+        and (axis is None or axis is _UNSET or type(axis) is int)
+        and (keepdims is _UNSET or type(keepdims) is bool)
+    ):
+        key = "logsumexp", input.dtype, input.shape, axis, keepdims
         call = _small_calls.get(key)
         if call is not None and (value := call(input, input)) is not None:
             return value
@@ -510,26 +521,18 @@ def _check(
     return logits, labels, axis, weights
 
 
-# Small calls of the commonest form, without weights and with arrays that are C-contiguous and aligned (as NumPy numbers
-# these flags): what is left to do once a call of the same shapes, dtypes and options has passed the checks. With 32
-# rows of 10 classes the checks would take two thirds of the time.
-_PLAIN = 0x1 | 0x100
+# Small calls of the commonest form, without weights: by all that the checks look at (function, dtypes, shapes, options;
+# those of options that are equal mean the same), what is left to do once such a call has passed them. It takes arrays
+# in any layout, and gives None where its result is not that simple: the arrays are not C-contiguous, a target is out of
+# range. With 32 rows of 10 classes the checks would take two thirds of the time.
 _MOST_SMALL_CALLS = 512
 _small_calls: dict[Any, Callable[[Any, Any], Any]] = {}
 
 
-def _small_key(function: str, input: Any, target: Any, *options: Any) -> Any:
-    """All that the checks of a call look at, or None where its arrays are not of the commonest form.
-
-    Options that are equal must mean the same: 1.0 and 1 do not as an index.
-    """
-    if (
-        type(input) is np.ndarray
-        and type(target) is np.ndarray
-        and input.flags.num & target.flags.num & _PLAIN == _PLAIN
-    ):
-        return function, input.dtype, input.shape, target.dtype, target.shape, options
-    return None
+def _is_plain(array: Array, is_index: bool = False) -> bool:
+    """Whether a kernel can take the array itself."""
+    flags, dtype = array.flags, array.dtype
+    return flags.c_contiguous and flags.aligned and dtype.isnative and (is_index or _validation.is_floating(dtype))
 
 
 def _remember(
@@ -541,30 +544,47 @@ def _remember(
     shape: tuple[int, ...] | None,
     dtype: np.dtype[Any],
     table: Array,
-    finish: Callable[[Any, Array], Any],
+    divisor: int = 1,
     keep: float = 1.0,
     spread: float = 0.0,
 ) -> None:
-    """Keep what the call of a kernel comes down to.
+    """Keep what the call of a kernel comes down to, if it is a small one.
 
-    Its arrays are seen as ``dtypes``; the result, of a shape if rows are wanted, is what ``finish`` makes of what the
-    kernel returns and writes: None where the call is not that simple.
+    Its arrays are seen as ``dtypes``. The result is an array of a shape; without a shape it is the sum over ``divisor``
+    (0: the number of targets kept).
     """
     runtime = _forks.runtime()
-    if n_elements >= runtime.PARALLEL_THRESHOLD:
+    if key is None or n_elements >= runtime.PARALLEL_THRESHOLD:
         return
-    entry = kernel.entry(False, *dtypes, weight.dtype, dtype)
+    entry, scalar = kernel.entry(False, *dtypes, weight.dtype, dtype), dtype.type
     ledger, one = runtime.NO_LEDGER, _views.one(dtype)
 
-    def call(input: Array, target: Array) -> Any:
+    def scalar_call(input: Array, target: Array) -> Any:
         if n_elements >= runtime.PARALLEL_THRESHOLD:
             return None
-        out = one if shape is None else np.empty(shape, dtype)
-        return finish(entry(1, ledger, input, target, weight, out, table, keep, spread), out)
+        try:
+            total, _, kept, bad = entry(1, ledger, input, target, weight, one, table, keep, spread)
+        except BufferError:
+            return None
+        count = divisor or kept
+        if bad or not count:
+            return None
+        value = total / count
+        return scalar(value) if -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32 else _scalar(value, dtype)
+
+    def array_call(input: Array, target: Array) -> Any:
+        if n_elements >= runtime.PARALLEL_THRESHOLD:
+            return None
+        out = np.empty(shape or (), dtype)
+        try:
+            _, _, _, bad = entry(1, ledger, input, target, weight, out, table, keep, spread)
+        except BufferError:
+            return None
+        return None if bad else out[()]
 
     if len(_small_calls) >= _MOST_SMALL_CALLS:
         _small_calls.clear()
-    _small_calls[key] = call
+    _small_calls[key] = scalar_call if shape is None else array_call
 
 
 def _remember_index_loss(
@@ -578,7 +598,7 @@ def _remember_index_loss(
     is_nll: bool,
 ) -> None:
     """Keep a call of :func:`cross_entropy` or :func:`nll_loss` with class indices, if it is a small one."""
-    if key is None or not (labels.size and _views.lies_well(logits) and labels.dtype.isnative):
+    if key is None or not (labels.size and _is_plain(logits) and _is_plain(labels, is_index=True)):
         return
     dtype, n_classes = _views.compute_dtype(logits.dtype), logits.shape[axis]
     smoothed, wants_rows = label_smoothing > 0, reduction == "none"
@@ -596,22 +616,10 @@ def _remember_index_loss(
         not wants_rows,
     )
     weight = _padded_weights(None, n_classes if smoothed else 0, dtype)
-    is_mean, scalar = reduction == "mean", dtype.type
-
-    def finish(found: Any, out: Array) -> Any:
-        total, _, kept, bad = found
-        if bad:
-            return None
-        if wants_rows:
-            return out[()]
-        if not kept:
-            return None
-        value = total / kept if is_mean else total
-        return scalar(value) if -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32 else _scalar(value, dtype)
-
     dtypes = _views.storage_dtype(logits.dtype), np.dtype(np.uint8)
     keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
-    _remember(key, kernel, n_elements, dtypes, weight, shape, dtype, table, finish, keep, spread)
+    divisor = 0 if reduction == "mean" else 1
+    _remember(key, kernel, n_elements, dtypes, weight, shape, dtype, table, divisor, keep, spread)
 
 
 def _remember_kl(
@@ -619,9 +627,8 @@ def _remember_kl(
 ) -> None:
     """Keep a call of :func:`kl_div`, if it is a small one of two arrays of one shape."""
     shape = log_probabilities.shape
-    if key is None or not (target.shape == shape and target.size):
-        return
-    if not (_views.lies_well(log_probabilities) and _views.lies_well(target)):
+    is_plain = target.shape == shape and _is_plain(log_probabilities) and _is_plain(target)
+    if key is None or not (is_plain and target.size):
         return
     from fastloss._kernels import pointwise
 
@@ -632,24 +639,8 @@ def _remember_kl(
     (flat, flat_target, _), table = _views.lay_out(shape, 1, _views.ELEMENT_TILE, arrays, dtype, options)
     divisor = shape[0] if reduction == "batchmean" and shape else 1
 
-    def finish(found: Any, out: Array) -> Any:
-        return out[()] if wants_rows else _scalar(found[0] / divisor, dtype)
-
-    _remember(
-        key,
-        pointwise.kl,
-        target.size,
-        (flat.dtype, flat_target.dtype),
-        _views.one(dtype),
-        shape if wants_rows else None,
-        dtype,
-        table,
-        finish,
-    )
-
-
-def _whole_result(found: Any, out: Array) -> Any:
-    return out[()]
+    dtypes, kept = (flat.dtype, flat_target.dtype), shape if wants_rows else None
+    _remember(key, pointwise.kl, target.size, dtypes, _views.one(dtype), kept, dtype, table, divisor)
 
 
 def _scalar(value: float, dtype: np.dtype[Any]) -> Any:
@@ -924,9 +915,9 @@ def _logsumexp(
         (flat, flat_out), table = _views.lay_out(x.shape[:-1], n_classes, tile, arrays, dtype, _views.Options())
         kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes
         runtime.run_tiles(kernel, x.size, runtime.NO_LEDGER, flat, flat, flat_out, flat_out, table)
-    if key is not None and _views.lies_well(values):
+    if key is not None and _is_plain(values):
         dtypes = (flat.dtype, flat.dtype)
-        _remember(key, kernel, values.size, dtypes, _views.one(dtype), kept, dtype, table, _whole_result)
+        _remember(key, kernel, values.size, dtypes, _views.one(dtype), kept, dtype, table)
     return out
 
 
@@ -936,8 +927,8 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
     from fastloss._kernels import outputs
 
     key = None
-    if axis is _UNSET or type(axis) is int:
-        key = _small_key("log_softmax" if is_log else "softmax", input, input, axis)
+    if type(input) is np.ndarray and (axis is _UNSET or type(axis) is int):
+        key = "log_softmax" if is_log else "softmax", input.dtype, input.shape, axis
         call = _small_calls.get(key)
         if call is not None and (value := call(input, input)) is not None:
             return value
@@ -958,7 +949,7 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
             (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, arrays, dtype, options)
             kernel = outputs.softmax_rows if in_rows else outputs.softmax_planes
             runtime.run_tiles(kernel, x.size, runtime.NO_LEDGER, flat, flat, flat_out, flat_out, table)
-        if key is not None and _views.lies_well(values):
+        if key is not None and _is_plain(values):
             dtypes = (flat.dtype, flat.dtype)
-            _remember(key, kernel, values.size, dtypes, _views.one(dtype), values.shape, dtype, table, _whole_result)
+            _remember(key, kernel, values.size, dtypes, _views.one(dtype), values.shape, dtype, table)
     return out[()]

@@ -3,8 +3,9 @@
 Numba makes an object of its own of every array that a function gets from Python, and counts references to it: six
 arrays take as long as the losses of a row. A kernel needs no more than where an array lies and how long it is, and its
 caller holds the array as long as the kernel runs. So a kernel is compiled for :class:`Flat` arguments, each of which is
-any C-contiguous array, seen as flat memory of the dtype in the signature (that of the array or not); within the kernel
-:func:`memory_of` makes the one-dimensional array that the rest of the code knows. It is not counted.
+any C-contiguous, aligned array (else a BufferError is raised), seen as flat memory of the dtype in the signature, be it
+the array's or not; within the kernel :func:`memory_of` makes of it the one-dimensional array that the rest of the code
+knows, which is not counted.
 
 With ``NUMBA_DISABLE_JIT=1`` the same names work on NumPy arrays.
 """
@@ -27,8 +28,9 @@ CACHE_LINE = 64
 # Where the members of an array object lie, behind what every Python object begins with, and the size of an item in its
 # dtype: NumPy's ndarraytypes.h (PyArrayObject_fields; _PyArray_DescrNumPy2, and PyArray_Descr of NumPy 1).
 _HEAD = object.__basicsize__
-_DATA, _NDIM, _SHAPE, _DTYPE = _HEAD, _HEAD + 8, _HEAD + 16, _HEAD + 40
+_DATA, _NDIM, _SHAPE, _DTYPE, _FLAGS = _HEAD, _HEAD + 8, _HEAD + 16, _HEAD + 40, _HEAD + 48
 _IS_NUMPY_1 = np.__version__.startswith("1.")
+_PLAIN = 0x1 | 0x100  # C-contiguous, aligned
 _ITEMSIZE = _HEAD + (16 if _IS_NUMPY_1 else 24)
 
 
@@ -76,7 +78,11 @@ def _unbox(flat, array, c):
     native = cgutils.create_struct_proxy(flat)(c.context, builder)
     native.data = builder.bitcast(member(array, _DATA, byte_pointer), native.data.type)
     native.size = builder.udiv(builder.load(n_bytes), ir.Constant(word, flat.dtype.bitwidth // 8))
-    return NativeValue(native._getvalue())
+    plain = ir.Constant(half, _PLAIN)
+    is_odd = builder.icmp_unsigned("!=", builder.and_(member(array, _FLAGS, half), plain), plain)
+    with builder.if_then(is_odd, likely=False):
+        c.pyapi.err_set_string("PyExc_BufferError", "an array that is not C-contiguous and aligned")
+    return NativeValue(native._getvalue(), is_error=is_odd)
 
 
 def _array_of(context, builder, array_type, data, shape):

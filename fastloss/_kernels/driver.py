@@ -146,7 +146,11 @@ class TileKernel(Kernel):
 
 def _python_entry(body, dtypes):
     def flat(array, dtype):
-        return tuple(map(flat, array, dtype)) if isinstance(dtype, tuple) else array.reshape(-1).view(dtype)
+        if isinstance(dtype, tuple):
+            return tuple(map(flat, array, dtype))
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            raise BufferError("an array that is not C-contiguous and aligned")
+        return array.reshape(-1).view(dtype)
 
     return lambda n_workers, *args: body(n_workers, *map(flat, args[:6], dtypes), *args[6:])
 

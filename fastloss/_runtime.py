@@ -30,6 +30,7 @@ from fastloss._validation import Array
 
 if TYPE_CHECKING:
     from fastloss._kernels._jit import Kernel
+    from fastloss._kernels.driver import TileKernel
 
 # Elements below which a kernel runs serially. Two threads take some 5 us to start; a thread scores about a million
 # elements in a millisecond.
@@ -146,18 +147,22 @@ def run(kernel: "Kernel", n_elements: int, n_tasks: int, *args: Any) -> Any:
         _leave()
 
 
+# What a kernel gets whose sums are not to be kept from call to call.
+NO_LEDGER = np.zeros(0, np.int64)
+
+
 def new_ledger() -> Array:
     """Where a kernel keeps its exact sums and counts, from call to call; see :mod:`fastloss._kernels.driver`."""
     return np.zeros((1, LEDGER_SIZE), np.int64)
 
 
 def run_tiles(
-    kernel: "Kernel",
+    kernel: "TileKernel",
     n_elements: int,
     ledger: Array,
     x: Array,
     y: Array,
-    weight: Array,
+    weight: Any,
     out: Array,
     geometry: Array,
     keep: float = 1.0,
@@ -173,6 +178,7 @@ def run_tiles(
     n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
     n_tasks = -(-n_tiles // task)
     cut = geometry.copy()
+    ledger = ledger if ledger.size else new_ledger()
     begin, size = 0, max(1, FIRST_CUT * n_tasks // n_elements)
     found = None
     while begin < n_tasks:
@@ -188,28 +194,25 @@ def run_tiles(
 
 
 def _run_cut(
-    kernel: "Kernel",
+    kernel: "TileKernel",
     n_elements: int,
     ledger: Array,
     x: Array,
     y: Array,
-    weight: Array,
+    weight: Any,
     out: Array,
     geometry: Array,
     keep: float,
     spread: float,
 ) -> Any:
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
-    if n_workers == 1:
-        return kernel.serial(1, ledger, x, y, weight, out, geometry, keep, spread)
     try:
-        ledgers = np.zeros((n_workers, LEDGER_SIZE), np.int64)
-        ledgers[0] = ledger[0]
-        found = kernel.parallel(n_workers, ledgers, x, y, weight, out, geometry, keep, spread)
-        ledger[0] = ledgers[0]
-        return found
+        weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
+        entry = kernel.entry(n_workers > 1, x.dtype, y.dtype, weights, out.dtype)
+        return entry(n_workers, ledger, x, y, weight, out, geometry, keep, spread)
     finally:
-        _leave()
+        if n_workers > 1:
+            _leave()
 
 
 def target() -> tuple[str, int]:

@@ -18,6 +18,7 @@ from fastloss._validation import Array, is_bfloat16, is_floating
 # Tiles of the kernels in rows, see tile_rows().
 TILE = 256
 TILE_OF_FEW = 1024  # few classes: what is done once per tile shows (1,000,000 x 10 takes 1.2 times as long with 256)
+_MANY_ROWS = 8192  # for fewer rows, the scratch of so large a tile may be larger than the input
 _TILE_BYTES = 1 << 17
 # Tiles that a thread takes at a time: what it asks for ahead of its loads is then mostly its own. No fewer than some
 # tasks, for the threads to end together.
@@ -79,6 +80,11 @@ def lies_well(array: Array) -> bool:
     return flags.aligned and (flags.c_contiguous or all(s % itemsize == 0 for s in array.strides))
 
 
+def layout(array: Array) -> Layout:
+    """How a C-contiguous array lies in its memory."""
+    return array.dtype, array.shape, array.strides, 0
+
+
 def flatten(array: Array, is_index: bool = False) -> tuple[Array, Layout]:
     """All the memory that a non-empty array spans (of class indices, the bytes), and how the array lies in it.
 
@@ -90,7 +96,7 @@ def flatten(array: Array, is_index: bool = False) -> tuple[Array, Layout]:
         flat = array.reshape(-1)
         if flat.dtype is not dtype:
             flat = flat.view(dtype)
-        return flat, (array.dtype, array.shape, array.strides, 0)
+        return flat, layout(array)
     low = high = 0
     for length, stride in zip(array.shape, array.strides, strict=True):
         if stride < 0:
@@ -108,7 +114,7 @@ def tile_rows(n_rows: int, n_classes: int, in_rows: bool) -> int:
     most = min(TILE, -(-n_rows // 16) * 16)
     if in_rows:
         return max(1, min(most, _TILE_BYTES // (4 * n_classes)))
-    return min(TILE_OF_FEW, -(-n_rows // 16) * 16) if n_classes <= FEW_CLASSES else most
+    return TILE_OF_FEW if n_classes <= FEW_CLASSES and n_rows >= _MANY_ROWS else most
 
 
 @functools.lru_cache(maxsize=512)

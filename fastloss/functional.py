@@ -123,22 +123,19 @@ def cross_entropy(
     >>> print(fastloss.cross_entropy(logits, [0, 1], reduction="none"))
     [0.24131131 2.9096012 ]
     """
-    key: Any = None
+    key = None
     if (
         weight is None
         and size_average is None
         and reduce is None
-        and type(input) is np.ndarray
-        and type(target) is np.ndarray
+        and type(input) is type(target) is np.ndarray
         and type(ignore_index) is int
         and type(reduction) is str
         and type(label_smoothing) is float
-        and input.flags.num & target.flags.num & _PLAIN == _PLAIN
     ):
-        key = (input.dtype, input.shape, target.dtype, target.shape, ignore_index, reduction, label_smoothing)
+        key = input.dtype, input.shape, target.dtype, target.shape, ignore_index, reduction, label_smoothing
         call = _small_calls.get(key)
-        value = None if call is None else call(input, target)
-        if value is not None:
+        if call is not None and (value := call(input, target)) is not None:
             return value
     reduction = _reduction.resolve(reduction, size_average, reduce)
     ignore_index = _validation.check_ignore_index(ignore_index)
@@ -147,8 +144,7 @@ def cross_entropy(
     if labels.shape == logits.shape:
         return _probability_loss(logits, labels, axis, weights, reduction, label_smoothing)
     loss = _index_loss(logits, labels, axis, weights, ignore_index, reduction, label_smoothing, is_nll=False)
-    if key is not None and reduction != "none" and 0 < logits.size < _forks.runtime().PARALLEL_THRESHOLD:
-        _remember_small_call(key, logits, labels, axis)
+    _remember_index_loss(key, logits, labels, axis, ignore_index, reduction, label_smoothing, is_nll=False)
     return loss
 
 
@@ -214,10 +210,25 @@ def nll_loss(
     >>> print(fastloss.nll_loss(log_probabilities, [0, 2], reduction="none").round(6))
     [0.356675 0.223144]
     """
+    key = None
+    if (
+        weight is None
+        and size_average is None
+        and reduce is None
+        and type(input) is type(target) is np.ndarray
+        and type(ignore_index) is int
+        and type(reduction) is str
+    ):
+        key = "nll_loss", input.dtype, input.shape, target.dtype, target.shape, ignore_index, reduction
+        call = _small_calls.get(key)
+        if call is not None and (value := call(input, target)) is not None:
+            return value
     reduction = _reduction.resolve(reduction, size_average, reduce)
     ignore_index = _validation.check_ignore_index(ignore_index)
     log_probabilities, labels, axis, weights = _check(input, target, weight, ignore_index, is_nll=True)
-    return _index_loss(log_probabilities, labels, axis, weights, ignore_index, reduction, 0.0, is_nll=True)
+    loss = _index_loss(log_probabilities, labels, axis, weights, ignore_index, reduction, 0.0, is_nll=True)
+    _remember_index_loss(key, log_probabilities, labels, axis, ignore_index, reduction, 0.0, is_nll=True)
+    return loss
 
 
 def kl_div(
@@ -286,6 +297,17 @@ def kl_div(
     0.173287
     """
     is_deprecated = size_average is not None or reduce is not None
+    key = None
+    if (
+        not is_deprecated
+        and type(input) is type(target) is np.ndarray
+        and type(reduction) is str
+        and type(log_target) is bool
+    ):
+        key = "kl_div", input.dtype, input.shape, target.dtype, target.shape, reduction, log_target
+        call = _small_calls.get(key)
+        if call is not None and (value := call(input, target)) is not None:
+            return value
     reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
     if reduction == "mean" and not is_deprecated:
         warnings.warn(MEAN_IS_NOT_THE_DIVERGENCE, UserWarning, stacklevel=2)
@@ -296,6 +318,8 @@ def kl_div(
     out = np.empty(shape, dtype) if reduction == "none" else None
     ledger = None if out is not None else _forks.runtime().new_ledger()
     total = _add_kl(ledger, log_probabilities, goal, shape, dtype, bool(log_target), out)
+    if reduction != "mean":  # (which warns at every call)
+        _remember_kl(key, log_probabilities, goal, dtype, reduction, bool(log_target))
     if out is not None:
         return out[()]
     if reduction == "mean":
@@ -459,12 +483,21 @@ def logsumexp(
     """
     axis = _validation.one_spelling(axis, dim, "axis", "dim", _UNSET)
     keepdims = _validation.one_spelling(keepdims, keepdim, "keepdims", "keepdim", _UNSET)
+    key = None
+    if (
+        type(input) is np.ndarray
+        and (axis is None or axis is _UNSET or type(axis) is int)
+        and (keepdims is _UNSET or type(keepdims) is bool)
+    ):
+        key = "logsumexp", input.dtype, input.shape, axis, keepdims
+        call = _small_calls.get(key)
+        if call is not None and (value := call(input, input)) is not None:
+            return value
     values = _validation.as_real(input, "input")
     axes = _validation.check_axes(None if axis is _UNSET else axis, values.ndim)
-    result = _logsumexp(values, axes, _views.compute_dtype(values.dtype))
-    if keepdims is not _UNSET and keepdims:
-        result = np.expand_dims(result, axes)
-    return result[()]
+    is_kept = keepdims is not _UNSET and bool(keepdims)
+    kept = tuple(1 if a in axes else n for a, n in enumerate(values.shape) if is_kept or a not in axes)
+    return _logsumexp(values, axes, _views.compute_dtype(values.dtype), key, kept).reshape(kept)[()]
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -488,41 +521,126 @@ def _check(
     return logits, labels, axis, weights
 
 
-# Small calls of the commonest form, whose arrays are C-contiguous, aligned and writeable (as NumPy numbers these
-# flags): what is left to do once a call of the same shapes, dtypes and options has passed the checks. With 32 rows of
-# 10 classes the checks take half of the time.
-_PLAIN = 0x1 | 0x100 | 0x400
+# Small calls of the commonest form, without weights: by all that the checks look at (function, dtypes, shapes, options;
+# those of options that are equal mean the same), what is left to do once such a call has passed them. It takes arrays
+# in any layout, and gives None where its result is not that simple: the arrays are not C-contiguous, a target is out of
+# range. With 32 rows of 10 classes the checks would take two thirds of the time.
 _MOST_SMALL_CALLS = 512
-_small_calls: dict[Any, Callable[[Array, Array], Any]] = {}
+_small_calls: dict[Any, Callable[[Any, Any], Any]] = {}
 
 
-def _remember_small_call(key: Any, logits: Array, labels: Array, axis: int) -> None:
-    """Keep what a call comes down to, for :func:`cross_entropy` to look up."""
-    if logits.dtype.char not in "fd" or not (logits.dtype.isnative and labels.dtype.isnative):
-        return
-    *_, ignore_index, reduction, label_smoothing = key
-    dtype, n_classes = logits.dtype, logits.shape[axis]
-    layouts = _views.flatten(logits)[1], _views.flatten(labels, is_index=True)[1]
-    smoothed = label_smoothing > 0
-    kernel, _, table = _index_plan(*layouts, None, axis, ignore_index, False, smoothed, False, True)
-    weight = _padded_weights(None, n_classes if smoothed else 0, dtype)
-    keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
+def _is_plain(array: Array, is_index: bool = False) -> bool:
+    """Whether a kernel can take the array itself."""
+    flags, dtype = array.flags, array.dtype
+    return flags.c_contiguous and flags.aligned and dtype.isnative and (is_index or _validation.is_floating(dtype))
+
+
+def _remember(
+    key: Any,
+    kernel: Any,
+    n_elements: int,
+    dtypes: tuple[np.dtype[Any], np.dtype[Any]],
+    weight: Array,
+    shape: tuple[int, ...] | None,
+    dtype: np.dtype[Any],
+    table: Array,
+    divisor: int = 1,
+    keep: float = 1.0,
+    spread: float = 0.0,
+) -> None:
+    """Keep what the call of a kernel comes down to, if it is a small one.
+
+    Its arrays are seen as ``dtypes``. The result is an array of a shape; without a shape it is the sum over ``divisor``
+    (0: the number of targets kept).
+    """
     runtime = _forks.runtime()
-    out, labels_dtype, is_mean = _views.one(dtype), np.dtype(np.uint8), reduction == "mean"
+    if key is None or n_elements >= runtime.PARALLEL_THRESHOLD:
+        return
+    entry, scalar = kernel.entry(False, *dtypes, weight.dtype, dtype), dtype.type
+    ledger, one = runtime.NO_LEDGER, _views.one(dtype)
 
-    def call(input: Array, target: Array) -> Any:
-        """The loss, or None where it is not that simple."""
-        flat, flat_labels = input.ravel(), target.ravel().view(labels_dtype)
-        total, _, kept, bad = kernel.serial(
-            1, runtime.new_ledger(), flat, flat_labels, weight, out, table, keep, spread
-        )
-        if bad or not kept:
+    def scalar_call(input: Array, target: Array) -> Any:
+        if n_elements >= runtime.PARALLEL_THRESHOLD:
             return None
-        return _scalar(total / kept if is_mean else total, dtype)
+        try:
+            total, _, kept, bad = entry(1, ledger, input, target, weight, one, table, keep, spread)
+        except BufferError:
+            return None
+        count = divisor or kept
+        if bad or not count:
+            return None
+        value = total / count
+        return scalar(value) if -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32 else _scalar(value, dtype)
+
+    def array_call(input: Array, target: Array) -> Any:
+        if n_elements >= runtime.PARALLEL_THRESHOLD:
+            return None
+        out = np.empty(shape or (), dtype)
+        try:
+            _, _, _, bad = entry(1, ledger, input, target, weight, out, table, keep, spread)
+        except BufferError:
+            return None
+        return None if bad else out[()]
 
     if len(_small_calls) >= _MOST_SMALL_CALLS:
         _small_calls.clear()
-    _small_calls[key] = call
+    _small_calls[key] = scalar_call if shape is None else array_call
+
+
+def _remember_index_loss(
+    key: Any,
+    logits: Array,
+    labels: Array,
+    axis: int,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    is_nll: bool,
+) -> None:
+    """Keep a call of :func:`cross_entropy` or :func:`nll_loss` with class indices, if it is a small one."""
+    if key is None or not (labels.size and _is_plain(logits) and _is_plain(labels, is_index=True)):
+        return
+    dtype, n_classes = _views.compute_dtype(logits.dtype), logits.shape[axis]
+    smoothed, wants_rows = label_smoothing > 0, reduction == "none"
+    shape = labels.shape if wants_rows else None
+    out_layout = (dtype, labels.shape, np.empty(labels.shape, dtype).strides, 0) if wants_rows else None
+    kernel, n_elements, table = _index_plan(
+        _views.layout(logits),
+        _views.layout(labels),
+        out_layout,
+        axis,
+        ignore_index,
+        False,
+        smoothed,
+        is_nll,
+        not wants_rows,
+    )
+    weight = _padded_weights(None, n_classes if smoothed else 0, dtype)
+    dtypes = _views.storage_dtype(logits.dtype), np.dtype(np.uint8)
+    keep, spread = 1.0 - label_smoothing, label_smoothing / n_classes
+    divisor = 0 if reduction == "mean" else 1
+    _remember(key, kernel, n_elements, dtypes, weight, shape, dtype, table, divisor, keep, spread)
+
+
+def _remember_kl(
+    key: Any, log_probabilities: Array, target: Array, dtype: np.dtype[Any], reduction: str, log_target: bool
+) -> None:
+    """Keep a call of :func:`kl_div`, if it is a small one of two arrays of one shape."""
+    shape = log_probabilities.shape
+    is_plain = target.shape == shape and _is_plain(log_probabilities) and _is_plain(target)
+    if key is None or not (is_plain and target.size):
+        return
+    from fastloss._kernels import pointwise
+
+    wants_rows = reduction == "none"
+    options = _views.Options(wants_rows=wants_rows, wants_sum=not wants_rows, is_log=log_target)
+    out = np.empty(shape, dtype) if wants_rows else None
+    arrays = ((log_probabilities, None), (target, None), (out, None))
+    (flat, flat_target, _), table = _views.lay_out(shape, 1, _views.ELEMENT_TILE, arrays, dtype, options)
+    divisor = shape[0] if reduction == "batchmean" and shape else 1
+
+    dtypes, kept = (flat.dtype, flat_target.dtype), shape if wants_rows else None
+    _remember(key, pointwise.kl, target.size, dtypes, _views.one(dtype), kept, dtype, table, divisor)
 
 
 def _scalar(value: float, dtype: np.dtype[Any]) -> Any:
@@ -767,8 +885,10 @@ def _add_kl(
     return total
 
 
-def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Log-sum-exp over some axes, which are gone from the result."""
+def _logsumexp(
+    values: Array, axes: tuple[int, ...], dtype: np.dtype[Any], key: Any = None, kept: tuple[int, ...] = ()
+) -> Array:
+    """Log-sum-exp over some axes, which are gone from the result (``kept`` is its shape if the call is remembered)."""
     runtime = _forks.runtime()
     from fastloss._kernels import losses
 
@@ -794,7 +914,10 @@ def _logsumexp(values: Array, axes: tuple[int, ...], dtype: np.dtype[Any]) -> Ar
         arrays = ((x, len(shape)), (result, None))
         (flat, flat_out), table = _views.lay_out(x.shape[:-1], n_classes, tile, arrays, dtype, _views.Options())
         kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes
-        runtime.run_tiles(kernel, x.size, runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
+        runtime.run_tiles(kernel, x.size, runtime.NO_LEDGER, flat, flat, flat_out, flat_out, table)
+    if key is not None and _is_plain(values):
+        dtypes = (flat.dtype, flat.dtype)
+        _remember(key, kernel, values.size, dtypes, _views.one(dtype), kept, dtype, table)
     return out
 
 
@@ -803,6 +926,12 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
     runtime = _forks.runtime()
     from fastloss._kernels import outputs
 
+    key = None
+    if type(input) is np.ndarray and (axis is _UNSET or type(axis) is int):
+        key = "log_softmax" if is_log else "softmax", input.dtype, input.shape, axis
+        call = _small_calls.get(key)
+        if call is not None and (value := call(input, input)) is not None:
+            return value
     values = _validation.as_real(input, "input")
     axis = _validation.check_axis(-1 if axis is _UNSET else axis, values.ndim)
     dtype = _views.compute_dtype(values.dtype)
@@ -819,5 +948,8 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
             arrays = ((x, axis), (result, axis))
             (flat, flat_out), table = _views.lay_out(rows, n_classes, tile, arrays, dtype, options)
             kernel = outputs.softmax_rows if in_rows else outputs.softmax_planes
-            runtime.run_tiles(kernel, x.size, runtime.new_ledger(), flat, flat_out, flat_out, flat_out, table)
+            runtime.run_tiles(kernel, x.size, runtime.NO_LEDGER, flat, flat, flat_out, flat_out, table)
+        if key is not None and _is_plain(values):
+            dtypes = (flat.dtype, flat.dtype)
+            _remember(key, kernel, values.size, dtypes, _views.one(dtype), values.shape, dtype, table)
     return out[()]

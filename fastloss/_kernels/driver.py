@@ -1,26 +1,28 @@
 """The one driver of the kernels: workers take tiles in turn, each with scratch and a ledger of its own.
 
 A kernel is a tile function: it gets the number of a tile, the scratch and the ledger of its thread, and the arguments
-of the kernel. :func:`make_kernel` makes of it a :class:`Kernel` with the arguments
+of the kernel. :func:`make_kernel` makes of it a :class:`TileKernel` with the arguments
 
-``n_workers, ledgers, x, y, weight, out, geometry, keep, spread``
+``n_workers, ledger, x, y, weight, out, geometry, keep, spread``
 
 where every array is flat memory, ``out`` has the compute dtype, and what a kernel has no use for is any array. It
 returns the two sums so far, rounded, and how many rows were kept and how many targets out of range, so far. It never
 raises, and never allocates per row.
 
 A *ledger* is a row of int64: two exact sums (see :mod:`fastloss._kernels.sums`), what was counted, an exponent that the
-next tile's values are guessed to have, and in the first one the number of the next task. The first worker's is the
-caller's, who may keep it from call to call; the others are added to it.
+next tile's values are guessed to have, and in the first one the number of the next task. Each worker has one; at the
+end the others are added to the first. The caller may keep it from call to call, or give an empty array.
 """
 
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import config, float64, int64, prange
 
 from fastloss._kernels import tiles
-from fastloss._kernels._jit import Kernel, allocating, subroutine
+from fastloss._kernels._jit import Kernel, allocating, inline, subroutine
+from fastloss._kernels._memory import CACHE_LINE, flat_type, memory_of, take, take_rows
 from fastloss._kernels._simd import lanes, next_task
 from fastloss._kernels.sums import STATE_SIZE, add_state, rounded
 
@@ -39,6 +41,9 @@ CHUNK = 8192
 # Classes of a tile's rows that are copied into a stage at a time: with float32, a cache line of each row.
 BATCH = 16
 
+# Rows of few classes that are staged at a time.
+STAGED_ROWS = 64
+
 # The scratch of a thread.
 #   near      int32, the classes of the targets for narrow lanes
 #   places    int64: the rows' offsets in the input, in another array, and the targets
@@ -46,30 +51,64 @@ BATCH = 16
 #   wide      float64: a few values per row
 #   sums      compute dtype: one value per lane and row, three times
 #   stage     a copy of a block of the input's classes; other_stage, out_stage: a batch of another array's
-Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage")
+#   memory    what all of them are cut out of
+Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage memory")
+
+# As many classes per lane as there may be.
+ANY_NUMBER = 1 << 40
+
+
+@inline
+def _padded(n_bytes):
+    """Bytes up to the next border of a cache line."""
+    return (n_bytes + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
 
 
 @allocating
-def _make_scratch(x, y, out, geometry):
-    width = tiles.scratch_width(geometry)
+def _make_scratch(x, y, out, geometry, light):
+    width, n_classes = tiles.scratch_width(geometry), geometry[tiles.N_CLASSES]
     n_lanes = lanes(out[0])
-    stage_classes = min(max(BATCH, geometry[tiles.N_CLASSES]), BLOCK)
-    integers, doubles = np.empty(1, np.int64), np.empty(1, np.float64)
+    if n_classes <= light * n_lanes:
+        n_values, n_lane_sums, n_others = 2, 0, width
+        n_staged = max(width, BLOCK, min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING))
+    else:
+        n_values, n_lane_sums, n_others = 8, min(n_lanes, n_classes) * width, BATCH * width
+        n_staged = min(max(BATCH, n_classes), BLOCK) * width
+    places = _padded(4 * width)
+    wide = places + 24 * width
+    narrow = wide + n_values * 8 * width
+    sums = narrow + n_values * out.itemsize * width
+    stage = sums + 3 * out.itemsize * n_lane_sums
+    other_stage = stage + _padded(n_staged * x.itemsize)
+    out_stage = other_stage + _padded(n_others * y.itemsize)
+    memory = np.empty(out_stage + n_others * out.itemsize + CACHE_LINE, np.uint8)
     return Scratch(
-        tiles.aligned(width, np.empty(1, np.int32)),
-        tiles.aligned(3 * width, integers).reshape(3, width),
-        tiles.aligned(8 * width, out).reshape(8, width),
-        tiles.aligned(8 * width, doubles).reshape(8, width),
-        tiles.aligned(3 * n_lanes * width, out).reshape(3, n_lanes * width),
-        tiles.aligned(stage_classes * width, x),
-        tiles.aligned(BATCH * width, y),
-        tiles.aligned(BATCH * width, out),
+        take(memory, 0, width, np.int32(0)),
+        take_rows(memory, places, 3, width, np.int64(0)),
+        take_rows(memory, narrow, n_values, width, out),
+        take_rows(memory, wide, n_values, width, np.float64(0)),
+        take_rows(memory, sums, 3, n_lane_sums, out),
+        take(memory, stage, n_staged, x),
+        take(memory, other_stage, n_others, y),
+        take(memory, out_stage, n_others, out),
+        memory,
     )
 
 
+@allocating
+def _new_ledgers(n_workers, kept):
+    """A ledger for each worker; the first goes on with what the caller has kept, if anything."""
+    ledgers = np.zeros((n_workers, LEDGER_SIZE), np.int64)
+    for i in range(len(kept)):
+        ledgers[0, i] = kept[i]
+    return ledgers
+
+
 @subroutine
-def _collect(ledgers, n_workers):
-    """Add the workers' ledgers to the first; the sums, rounded, the rows kept and the targets out of range."""
+def _collect(ledgers, n_workers, kept):
+    """Add the workers' ledgers to the first, for the caller to keep; the sums, rounded, the rows kept and the targets
+    out of range.
+    """
     total = ledgers[0]
     for worker in range(1, n_workers):
         ledger = ledgers[worker]
@@ -77,17 +116,56 @@ def _collect(ledgers, n_workers):
         add_state(total[SECOND_SUM:KEPT], ledger[SECOND_SUM:KEPT])
         total[KEPT] += ledger[KEPT]
         total[BAD] += ledger[BAD]
-        ledger[:] = 0
     total[NEXT_TASK] = 0
-    return rounded(total[:SECOND_SUM]), rounded(total[SECOND_SUM:KEPT]), total[KEPT], total[BAD]
+    sums = rounded(total[:SECOND_SUM]), rounded(total[SECOND_SUM:KEPT])
+    for i in range(len(kept)):
+        kept[i] = total[i]
+    return sums[0], sums[1], total[KEPT], total[BAD]
 
 
-def make_kernel(name, do_tile):
-    """A kernel of ``do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread)``."""
+class TileKernel(Kernel):
+    """A kernel whose arguments are flat memory."""
+
+    def __init__(self, name, body):
+        super().__init__(name, body)
+        self._entries = {}
+
+    def entry(self, is_parallel: bool, x: Any, y: Any, weight: Any, out: Any) -> Any:
+        """What to call for arrays that are seen as these dtypes (``weight`` may be a tuple of them), positionally."""
+        key = is_parallel, x, y, weight, out
+        entry = self._entries.get(key)
+        if entry is None:
+            form, integers = self.parallel if is_parallel else self.serial, np.dtype(np.int64)
+            dtypes = integers, x, y, weight, out, integers
+            if config.DISABLE_JIT:
+                entry = _python_entry(form, dtypes)
+            else:
+                entry = form.compile((int64, *map(flat_type, dtypes), float64, float64))
+            self._entries[key] = entry
+        return entry
+
+
+def _python_entry(body, dtypes):
+    def flat(array, dtype):
+        if isinstance(dtype, tuple):
+            return tuple(map(flat, array, dtype))
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            raise BufferError("an array that is not C-contiguous and aligned")
+        return array.reshape(-1).view(dtype)
+
+    return lambda n_workers, *args: body(n_workers, *map(flat, args[:6], dtypes), *args[6:])
+
+
+def make_kernel(name, do_tile, light=0):
+    """A kernel of ``do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread)``.
+
+    With up to ``light`` classes per lane, ``do_tile`` gets along with two rows of ``narrow`` and of ``wide``, no
+    ``sums``, and of ``other_stage`` and ``out_stage`` one value per row.
+    """
 
     @allocating
     def work(counter, ledger, x, y, weight, out, geometry, keep, spread):
-        scratch = _make_scratch(x, y, out, geometry)
+        scratch = _make_scratch(x, y, out, geometry, light)
         size = geometry[tiles.TASK_TILES]
         while True:
             first = next_task(counter) * size
@@ -96,10 +174,13 @@ def make_kernel(name, do_tile):
             for tile in range(first, min(first + size, geometry[tiles.N_TILES])):
                 do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread)
 
-    def kernel(n_workers, ledgers, x, y, weight, out, geometry, keep, spread):
+    def kernel(n_workers, kept, x, y, weight, out, geometry, keep, spread):
+        kept_ledger, table = memory_of(kept), memory_of(geometry)
+        inputs, others, weights, outputs = memory_of(x), memory_of(y), memory_of(weight), memory_of(out)
+        ledgers = _new_ledgers(n_workers, kept_ledger)
         counter = ledgers[0, NEXT_TASK:]
         for worker in prange(n_workers):
-            work(counter, ledgers[worker], x, y, weight, out, geometry, keep, spread)
-        return _collect(ledgers, n_workers)
+            work(counter, ledgers[worker], inputs, others, weights, outputs, table, keep, spread)
+        return _collect(ledgers, n_workers, kept_ledger)
 
-    return Kernel(name, kernel)
+    return TileKernel(name, kernel)

@@ -3,7 +3,7 @@
 from fastloss._kernels import tiles
 from fastloss._kernels._jit import subroutine
 from fastloss._kernels._simd import load_one, prefetch_l2
-from fastloss._kernels.driver import make_kernel
+from fastloss._kernels.driver import ANY_NUMBER, make_kernel
 from fastloss._kernels.losses import begin_targets, deliver
 
 # How many rows ahead of the loads their entries are asked for. The loads alone wait for memory: 400,000 x 100 takes
@@ -31,4 +31,4 @@ def _nll_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
     deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss)
 
 
-nll = make_kernel("nll", _nll_tile)
+nll = make_kernel("nll", _nll_tile, light=ANY_NUMBER)

@@ -22,7 +22,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import LOG1P_LIMIT, log1p
-from fastloss._kernels.driver import BAD, KEPT, SECOND_SUM, make_kernel
+from fastloss._kernels.driver import ANY_NUMBER, BAD, KEPT, SECOND_SUM, make_kernel
 from fastloss._kernels.sums import add_block
 
 
@@ -241,8 +241,8 @@ def _logsumexp(tile_sums):
     return do_tile
 
 
-cross_entropy_rows = make_kernel("cross_entropy_rows", _cross_entropy(rows.target_tile))
-cross_entropy_planes = make_kernel("cross_entropy_planes", _cross_entropy(planes.target_tile))
+cross_entropy_rows = make_kernel("cross_entropy_rows", _cross_entropy(rows.target_tile), light=ANY_NUMBER)
+cross_entropy_planes = make_kernel("cross_entropy_planes", _cross_entropy(planes.target_tile), light=2)
 smoothed_rows = make_kernel("smoothed_rows", _smoothed_cross_entropy(rows.max_shift_tile))
 smoothed_planes = make_kernel("smoothed_planes", _smoothed_cross_entropy(planes.max_shift_tile))
 probabilities_rows = make_kernel("probabilities_rows", _probabilities(rows.max_shift_tile))

@@ -31,7 +31,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference
-from fastloss._kernels.driver import BATCH, BLOCK, CHUNK
+from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, STAGED_ROWS
 from fastloss._kernels.rows import finite_shift, gather_targets, merge
 
 # How many classes ahead of the loads memory is asked for: a tile's rows of one class are a run of about a kilobyte,
@@ -43,8 +43,7 @@ AHEAD = 4
 # loaded one by one.
 SELECTED = 16
 
-# Rows of few classes that are staged at a time, and how far ahead of them memory is asked for, in bytes.
-STAGED_ROWS = 64
+# How far ahead of rows of few classes memory is asked for, in bytes.
 AHEAD_ROWS = 1024
 
 # How many bytes ahead contiguous rows of few classes are asked for, in the second-level cache. The CPU's own prefetcher

@@ -28,7 +28,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, log_difference
-from fastloss._kernels.driver import GUESS, SECOND_SUM, make_kernel
+from fastloss._kernels.driver import ANY_NUMBER, GUESS, SECOND_SUM, make_kernel
 from fastloss._kernels.sums import NO_GUESS, add_block, add_sums, add_vector, grids, no_sums
 
 # The compensated difference of float32, good to 1.2e-8, gives values within 1e-6 in relative terms where the logarithms
@@ -227,4 +227,4 @@ def _kl_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
         ledger[GUESS] = add_block(ledger[:SECOND_SUM], values, n)
 
 
-kl = make_kernel("kl", _kl_tile)
+kl = make_kernel("kl", _kl_tile, light=ANY_NUMBER)

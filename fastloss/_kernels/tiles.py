@@ -11,7 +11,7 @@ first element lies, its class stride, and its strides along the axes, counted in
 
 import numpy as np
 
-from fastloss._kernels._jit import allocating, inline, subroutine
+from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
     iota,
@@ -51,17 +51,6 @@ TARGET_KINDS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", 
 def scratch_width(geometry):
     """Elements of scratch for a value per row: room for a vector more, and rows that begin on a cache line's border."""
     return (geometry[TILE_ROWS] + 15) // 16 * 16 + PADDING
-
-
-@allocating
-def aligned(n, like):
-    """Scratch for ``n`` elements of the dtype of the array ``like``, not initialised, on a cache line's border.
-
-    Off it, every other vector would touch two lines: a tile of 100 classes takes 1.4 times as long.
-    """
-    raw = np.empty(n + 64 // like.itemsize, like.dtype)
-    start = -raw.ctypes.data % 64 // like.itemsize
-    return raw[start : start + n]
 
 
 @inline

@@ -15,10 +15,8 @@ of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64,
 import math
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from fastloss._kernels._jit import Kernel, inline, subroutine
+from fastloss._kernels._jit import Kernel, by_dtype, inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
     from_bits,
@@ -168,7 +166,7 @@ def _add_float64_grids(state, values, n, exponent):
 
 
 @inline
-def _add_narrow(state, values, n):
+def _add_narrow(values, state, n):
     # The lowest of the three grids is 2**(exponent - 67), whose constant must be a normal float32.
     exponent = _largest_exponent(values, n, 23) - 127
     if -82 < exponent < 126 and _add_float32_grids(state, values, n, exponent):
@@ -177,21 +175,13 @@ def _add_narrow(state, values, n):
 
 
 @inline
-def _add_wide(state, values, n):
+def _add_wide(values, state, n):
     exponent = _largest_exponent(values, n, 52) - 1023
     return -800 < exponent < 960 and _add_float64_grids(state, values, n, exponent)
 
 
-def _add_grids(state, values, n):
-    """Add a block on grids, if its exponents allow; whether that was exact (else nothing is added)."""
-    return (_add_narrow if values.dtype == np.float32 else _add_wide)(state, values, n)
-
-
-@overload(_add_grids, jit_options={"forceinline": True})
-def _(state, values, n):
-    if values.dtype == types.float32:
-        return lambda state, values, n: _add_narrow(state, values, n)
-    return lambda state, values, n: _add_wide(state, values, n)
+# Add a block on grids, if its exponents allow; whether that was exact (else nothing is added).
+_add_grids = by_dtype(_add_narrow, _add_wide)
 
 
 @subroutine
@@ -206,7 +196,7 @@ def add_block(state, values, n):
     added number by number.
     """
     store(values, n, splat(scalar(0.0, values[0])))
-    if not _add_grids(state, values, n):
+    if not _add_grids(values, state, n):
         for i in range(n):
             _add_float(state, np.float64(values[i]))
         _carry(state)

@@ -36,12 +36,12 @@ def subroutine(function):
     Without reference counts, as :func:`inline`: Numba counts each array argument of each call, with an atomic addition
     that the threads contend for, and the registers spilled around it. So neither may allocate.
     """
-    return _helper(function, _nrt=False)
+    return _helper(function, forceinline=False, _nrt=False)
 
 
 def allocating(function):
     """:func:`subroutine` that may allocate: what runs once per thread."""
-    return _helper(function)
+    return _helper(function, forceinline=False)
 
 
 def by_dtype(narrow, wide):

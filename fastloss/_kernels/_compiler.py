@@ -20,7 +20,7 @@ import operator
 import os
 
 from llvmlite import binding as llvm
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.core.bytecode import FunctionIdentity
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompilerBase, Flags
@@ -232,6 +232,15 @@ class _KernelLibrary(JITCodeLibrary):
 
     def _optimize_functions(self, ll_module):
         ll_module.data_layout = self._codegen._data_layout
+
+    def _optimize_final_module(self):
+        """Once: Numba's quick pass before is for reference counts, of which a kernel has next to none."""
+        options = {"opt": min(config.OPT, 2), "slp_vectorize": False}
+        manager = self._codegen._module_pass_manager(**options)
+        if isinstance(manager, tuple):
+            manager[0].run(self._final_module, manager[1])
+        else:  # before Numba 0.62
+            manager.run(self._final_module)
 
     def finalize(self):
         for library in _link(self._final_module, self._linking_libraries):

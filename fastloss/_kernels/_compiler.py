@@ -264,6 +264,7 @@ _PASSES = (
     _prune,
     GenericRewrites(),
     ReconstructSSA(),
+    _prune,
     NopythonTypeInference(),
     PreLowerStripPhis(),
 )

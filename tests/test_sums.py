@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastloss._kernels._simd import lanes, load
+from fastloss._kernels._simd import lanes, load, splat
 from fastloss._kernels.sums import (
     MAX_BLOCK,
     MAX_GUESSED,
@@ -127,10 +127,11 @@ class TestAgainstFsum:
 @numba.njit
 def _guess_sum(values, exponent, state):
     like = values[0]
-    constants, sums = grids(exponent, like), no_sums(like)
+    vector = splat(like)
+    constants, sums = grids(vector, exponent), no_sums(vector)
     for i in range(0, len(values), lanes(like)):
-        sums = add_vector(sums, constants, load(values, i, like))
-    was_exact = add_sums(state, sums, exponent, len(values) // lanes(like), like, True)
+        sums = add_vector(load(values, i, like), sums, constants)
+    was_exact = add_sums(vector, state, sums, exponent, len(values) // lanes(like), True)
     return was_exact, rounded(state)
 
 

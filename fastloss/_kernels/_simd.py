@@ -42,6 +42,8 @@ __all__ = [
     "load_integers",
     "load_one",
     "load_pairs",
+    "load_target",
+    "load_targets",
     "lowest_bit",
     "mask_bits",
     "negative_zeros_like",
@@ -545,6 +547,58 @@ def load_integers(typingctx, data, offset, like):
         return (builder.sext if like.signed else builder.zext)(value, _vector_ir(vector))
 
     return vector(data, types.int64, like), codegen
+
+
+def _load_kind(context, builder, data_type, data, offset, kind, count):
+    """``count`` integers of the type that ``kind`` tells, as int64 lanes: the logarithm of its bytes, plus 4 if it is
+    unsigned. One function for all, because a copy of what is done with them per type takes long to compile.
+    """
+    lanes_ = ir.VectorType(ir.IntType(64), count)
+    end = builder.append_basic_block("loaded")
+    cases = [builder.append_basic_block(f"bytes{1 << k}") for k in range(4)]
+    switch = builder.switch(builder.and_(kind, ir.Constant(kind.type, 3)), cases[3])
+    values = []
+    for k, block in enumerate(cases):
+        builder.position_at_end(block)
+        if k < 3:
+            switch.add_case(ir.Constant(kind.type, k), block)
+        pointer = _byte_pointer(context, builder, data_type, data, offset, count << k)
+        integers = ir.VectorType(ir.IntType(8 << k), count)
+        value = builder.load(builder.bitcast(pointer, integers.as_pointer()), align=1)
+        if k < 3:
+            unsigned = builder.icmp_signed(">=", kind, ir.Constant(kind.type, 4))
+            value = builder.select(unsigned, builder.zext(value, lanes_), builder.sext(value, lanes_))
+        values.append((value, builder.block))
+        builder.branch(end)
+    builder.position_at_end(end)
+    result = builder.phi(lanes_)
+    for value, block in values:
+        result.add_incoming(value, block)
+    return result
+
+
+@intrinsic
+def load_target(typingctx, data, offset, kind):
+    """The integer ``offset`` bytes into ``data``, whose type ``kind`` tells as in :func:`load_targets`, as int64."""
+
+    def codegen(context, builder, sig, args):
+        value = _load_kind(context, builder, data, *args, 1)
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return types.int64(data, types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_targets(typingctx, data, offset, kind):
+    """A vector of int64 from as many integers, ``offset`` bytes into ``data``, of the type that the int64 ``kind``
+    tells: the logarithm of its bytes, plus 4 if it is unsigned. (uint64 is read as int64.)
+    """
+    vector = Vector.of(types.int64)
+
+    def codegen(context, builder, sig, args):
+        return _load_kind(context, builder, data, *args, vector.count)
+
+    return vector(data, types.int64, types.int64), codegen
 
 
 @intrinsic

@@ -21,6 +21,8 @@ __all__ = [
     "load_integers",
     "load_one",
     "load_pairs",
+    "load_target",
+    "load_targets",
     "lowest_bit",
     "mask_bits",
     "negative_zeros_like",
@@ -138,6 +140,17 @@ def load_integers(data, offset, like):
     if not 0 <= offset <= len(raw) - size:
         raise IndexError("integers outside their array")
     return raw[offset : offset + size].view(type(like)).astype(np.int64)
+
+
+_KINDS = (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.int64)
+
+
+def load_target(data, offset, kind):
+    return np.int64(load_integer(data, offset, _KINDS[kind](0)))
+
+
+def load_targets(data, offset, kind):
+    return load_integers(data, offset, _KINDS[kind](0))
 
 
 def lane_steps(step):

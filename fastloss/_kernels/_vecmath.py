@@ -6,10 +6,8 @@ that there is one body for both dtypes. The polynomials were made, and their err
 """
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from fastloss._kernels._jit import inline
+from fastloss._kernels._jit import by_dtype, inline
 from fastloss._kernels._simd import fma, from_bits, negative_zeros_like, polynomial, splat, to_bits, to_float, where
 
 __all__ = ["LOG1P_LIMIT", "exp", "exp_difference", "log", "log1p", "log_difference"]
@@ -270,27 +268,9 @@ _log_difference32 = _make_log_difference(_LOG32)
 _log64 = _make_log(np.float64, _LOG1P64)
 
 
-def exp(d):
-    """Exponential of a vector; see :func:`_make_exp`."""
-    return _exp32(d) if d.dtype == np.float32 else _exp64(d)
-
-
-@overload(exp, jit_options={"forceinline": True})
-def _exp(d):
-    if d.dtype == types.float32:
-        return lambda d: _exp32(d)
-    return lambda d: _exp64(d)
-
-
-def _exp_sum(d, low):
-    return _exp_sum32(d, low) if d.dtype == np.float32 else _exp_sum64(d, low)
-
-
-@overload(_exp_sum, jit_options={"forceinline": True})
-def _(d, low):
-    if d.dtype == types.float32:
-        return lambda d, low: _exp_sum32(d, low)
-    return lambda d, low: _exp_sum64(d, low)
+# Exponential of a vector: see _make_exp.
+exp = by_dtype(_exp32, _exp64)
+_exp_sum = by_dtype(_exp_sum32, _exp_sum64)
 
 
 @inline
@@ -305,39 +285,18 @@ def exp_difference(a, b):
     return _exp_sum(d, where(low == low, low, negative_zeros_like(d)))
 
 
-def log1p(s):
-    """log1p of a vector; see :func:`_make_log1p`."""
-    return _log1p32(s) if s.dtype == np.float32 else _log1p64(s)
+# log1p of a vector: see _make_log1p.
+log1p = by_dtype(_log1p32, _log1p64)
+
+# Log of a float64 vector: see _make_log.
+log = _log64
 
 
-@overload(log1p, jit_options={"forceinline": True})
-def _log1p(s):
-    if s.dtype == types.float32:
-        return lambda s: _log1p32(s)
-    return lambda s: _log1p64(s)
+@inline
+def _log_difference64(y, x):
+    return _log64(where(y == splat(0.0), splat(1.0), y)) - x
 
 
-def log(x):
-    """Log of a float64 vector; see :func:`_make_log`."""
-    return _log64(x)
-
-
-@overload(log, jit_options={"forceinline": True})
-def _log(x):
-    return lambda x: _log64(x)
-
-
-def log_difference(y, x):
-    """log(y) - x of float32 or float64 vectors; see :func:`_make_log_difference`. In float64 as it stands, for y >= 0
-    and any x (and finite for y = 0).
-    """
-    if y.dtype == np.float32:
-        return _log_difference32(y, x)
-    return _log64(where(y == 0.0, np.ones_like(y), y)) - x
-
-
-@overload(log_difference, jit_options={"forceinline": True})
-def _log_difference(y, x):
-    if y.dtype == types.float32:
-        return lambda y, x: _log_difference32(y, x)
-    return lambda y, x: _log64(where(y == splat(0.0), splat(1.0), y)) - x
+# log(y) - x of two vectors: see _make_log_difference. In float64 as it stands, for y >= 0 and any x (and finite for
+# y = 0).
+log_difference = by_dtype(_log_difference32, _log_difference64)

@@ -144,19 +144,19 @@ def _make_tile(divergence, has_odd):
         n_lanes = lanes(like)
         zero = splat(scalar(0.0, like))
         odd, n_odd = scratch.places[0], 0
-        constants, sums = grids(exponent, like), no_sums(like)
+        constants, sums = grids(zero, exponent), no_sums(zero)
         n_vectors = n // n_lanes
         whole = n_vectors * n_lanes
         held = zero
         for i in range(0, whole, n_lanes):
             value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
-            sums = add_vector(sums, constants, held)
+            sums = add_vector(held, sums, constants)
             held = value
             if has_odd:
                 bits = mask_bits(is_odd)
                 odd[n_odd] = (i << 16) | bits
                 n_odd += bits != 0
-        sums = add_vector(sums, constants, held)
+        sums = add_vector(held, sums, constants)
         n_vectors += 1  # (with the zeros that were held first)
         if whole < n:
             # The last vector is laid to end with the tile; a tile shorter than a vector starts it.
@@ -164,7 +164,7 @@ def _make_tile(divergence, has_odd):
             lane = iota(like)
             is_new = (lane >= splat(integer_like(whole - i, like))) & (lane < splat(integer_like(n - i, like)))
             value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
-            sums = add_vector(sums, constants, where(is_new, value, zero))
+            sums = add_vector(where(is_new, value, zero), sums, constants)
             n_vectors += 1
             if has_odd:
                 bits = mask_bits(is_odd & is_new)
@@ -173,9 +173,9 @@ def _make_tile(divergence, has_odd):
         if n_odd:
             n_odd = _mend(x, x_at, y, y_at, odd, n_odd, scratch.places[1], scratch.wide[0], scratch.wide[1], mended)
             for i in range(0, n_odd, n_lanes):
-                sums = add_vector(sums, constants, load(mended, i, like))
+                sums = add_vector(load(mended, i, like), sums, constants)
                 n_vectors += 1
-        return add_sums(state, sums, exponent, n_vectors, like, True)
+        return add_sums(zero, state, sums, exponent, n_vectors, True)
 
     return write, add
 

@@ -18,10 +18,8 @@ sum, because the sum is exact, and whether it fits is seen at the end.
 import math
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from fastloss._kernels._jit import Kernel, inline, subroutine
+from fastloss._kernels._jit import Kernel, by_dtype, inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
     from_bits,
@@ -140,22 +138,22 @@ def _last_round(v, constant):
 
 
 @inline
-def _grids32(exponent):
-    grid, step, like = exponent - 21, np.int64(23) << 23, np.float32(0)
+def _grids32(like, exponent):
+    grid, step = exponent - 21, np.int64(23) << 23
     bits = ((grid + 23 + 127) << 23) | (np.int64(1) << 22)
-    high, middle = integer_like(bits, like), integer_like(bits - step, like)
-    low = integer_like(bits - 2 * step, like)
+    high, middle = integer_like(bits, np.float32(0)), integer_like(bits - step, np.float32(0))
+    low = integer_like(bits - 2 * step, np.float32(0))
     return from_bits(splat(high)), from_bits(splat(middle)), from_bits(splat(low))
 
 
 @inline
-def _no_sums32():
+def _no_sums32(like):
     zero = splat(integer_like(0, np.float32(0)))
     return zero, zero, zero, zero, zero
 
 
 @inline
-def _add_vector32(sums, grids, v):
+def _add_vector32(v, sums, grids):
     high, middle, low = grids
     high_sum, middle_sum, low_sum, lost, moved = sums
     bits, rest = _round(v, high)
@@ -173,11 +171,11 @@ def _add_sum32(state, total, grid, n_vectors):
 
 
 @inline
-def _add_sums32(state, sums, exponent, n_vectors, may_have_moved):
+def _add_sums32(like, state, sums, exponent, n_vectors, is_guess):
     high_sum, middle_sum, low_sum, lost, moved = sums
     zero, sign = splat(integer_like(0, np.float32(0))), splat(integer_like(1, np.float32(0)))
     outside = (lost << sign) != zero
-    if may_have_moved:
+    if is_guess:
         outside = outside | ((moved >> splat(integer_like(23, np.float32(0)))) != zero)
     if any_lane(outside):
         return False
@@ -188,19 +186,19 @@ def _add_sums32(state, sums, exponent, n_vectors, may_have_moved):
 
 
 @inline
-def _grids64(exponent):
+def _grids64(like, exponent):
     grid, step = exponent - 49, np.int64(51) << 52
     bits = ((grid + 52 + 1023) << 52) | (np.int64(1) << 51)
     return from_bits(splat(bits)), from_bits(splat(bits - step))
 
 
 @inline
-def _no_sums64():
+def _no_sums64(like):
     return splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
 
 
 @inline
-def _add_vector64(sums, grids, v):
+def _add_vector64(v, sums, grids):
     high, low = grids
     high_sum, low_sum, lost, moved = sums
     bits, rest = _round(v, high)
@@ -218,10 +216,10 @@ def _add_sum64(state, total, grid, n_vectors):
 
 
 @inline
-def _add_sums64(state, sums, exponent, n_vectors, may_have_moved):
+def _add_sums64(like, state, sums, exponent, n_vectors, is_guess):
     high_sum, low_sum, lost, moved = sums
     outside = (lost << splat(np.int64(1))) != splat(_ZERO)
-    if may_have_moved:
+    if is_guess:
         outside = outside | ((moved >> splat(np.int64(52))) != splat(_ZERO))
     if any_lane(outside):
         return False
@@ -230,74 +228,30 @@ def _add_sums64(state, sums, exponent, n_vectors, may_have_moved):
     return True
 
 
-def grids(exponent, like):
-    """The constants of the grids for values of ``like``'s type below 2**(exponent + 1); see :func:`add_block`."""
-    return _grids32(exponent) if isinstance(like, np.float32) else _grids64(exponent)
-
-
-@overload(grids, jit_options={"forceinline": True})
-def _(exponent, like):
-    if like == types.float32:
-        return lambda exponent, like: _grids32(exponent)
-    return lambda exponent, like: _grids64(exponent)
-
-
-def no_sums(like):
-    """The sums of no vectors: one per grid; in which bits something was lost; which bits of the first have changed."""
-    return _no_sums32() if isinstance(like, np.float32) else _no_sums64()
-
-
-@overload(no_sums, jit_options={"forceinline": True})
-def _(like):
-    if like == types.float32:
-        return lambda like: _no_sums32()
-    return lambda like: _no_sums64()
-
-
-def add_vector(sums, grids, v):
-    """The sums with a vector more; see :func:`add_block`."""
-    return (_add_vector32 if v.dtype == np.float32 else _add_vector64)(sums, grids, v)
-
-
-@overload(add_vector, jit_options={"forceinline": True})
-def _(sums, grids, v):
-    if v.dtype == types.float32:
-        return lambda sums, grids, v: _add_vector32(sums, grids, v)
-    return lambda sums, grids, v: _add_vector64(sums, grids, v)
-
-
-def add_sums(state, sums, exponent, n_vectors, like, is_guess):
-    """Add the sums of ``n_vectors`` vectors on ``grids(exponent, like)``; whether that was exact (else nothing is
-    added). Where the exponent ``is_guess``, the values may be anything, but no more than :data:`MAX_GUESSED` of them
-    may differ from 0.
-    """
-    add = _add_sums32 if isinstance(like, np.float32) else _add_sums64
-    return add(state, sums, exponent, n_vectors, is_guess)
-
-
-@overload(add_sums, jit_options={"forceinline": True})
-def _(state, sums, exponent, n_vectors, like, is_guess):
-    if like == types.float32:
-        return lambda state, sums, exponent, n_vectors, like, is_guess: _add_sums32(
-            state, sums, exponent, n_vectors, is_guess
-        )
-    return lambda state, sums, exponent, n_vectors, like, is_guess: _add_sums64(
-        state, sums, exponent, n_vectors, is_guess
-    )
+# Each takes first a vector of the type that the grids are of. grids(like, exponent): the constants of the grids for
+# values below 2**(exponent + 1), see add_block; no_sums(like): the sums of no vectors, one per grid, in which bits
+# something was lost, which bits of the first have changed; add_vector(v, sums, grids): the sums with a vector more;
+# add_sums(like, state, sums, exponent, n_vectors, is_guess): add the sums of n_vectors vectors to the state; whether
+# that was exact (else nothing is added). Where the exponent is a guess, the values may be anything, but no more than
+# MAX_GUESSED of them may differ from 0.
+grids = by_dtype(_grids32, _grids64)
+no_sums = by_dtype(_no_sums32, _no_sums64)
+add_vector = by_dtype(_add_vector32, _add_vector64)
+add_sums = by_dtype(_add_sums32, _add_sums64)
 
 
 @inline
 def _add_on_grids(state, values, n, exponent, like):
     """Add ``values`` below 2**(exponent + 1) on the grids of the type of ``like``; whether that was exact."""
-    constants, sums = grids(exponent, like), no_sums(like)
-    n_lanes = lanes(like)
+    vector, n_lanes = splat(like), lanes(like)
+    constants, sums = grids(vector, exponent), no_sums(vector)
     for i in range(0, n, n_lanes):
-        sums = add_vector(sums, constants, load(values, i, like))
-    return add_sums(state, sums, exponent, (n + n_lanes - 1) // n_lanes, like, False)
+        sums = add_vector(load(values, i, like), sums, constants)
+    return add_sums(vector, state, sums, exponent, (n + n_lanes - 1) // n_lanes, False)
 
 
 @inline
-def _add_narrow(state, values, n):
+def _add_narrow(values, state, n):
     # (From inf or NaN on, the exponent is 128.)
     exponent = max(_largest_exponent(values, n, 23) - 127, np.int64(LOWEST_NARROW))
     if exponent <= HIGHEST_NARROW and _add_on_grids(state, values, n, exponent, values[0]):
@@ -306,23 +260,15 @@ def _add_narrow(state, values, n):
 
 
 @inline
-def _add_wide(state, values, n):
+def _add_wide(values, state, n):
     exponent = max(_largest_exponent(values, n, 52) - 1023, np.int64(LOWEST_WIDE))
     if exponent <= HIGHEST_WIDE and _add_on_grids(state, values, n, exponent, values[0]):
         return True, min(exponent + MARGIN, np.int64(HIGHEST_WIDE))
     return False, np.int64(NO_GUESS)
 
 
-def _add_grids(state, values, n):
-    """Add a block on grids, if its exponents allow: whether that was exact (else nothing is added), and the guess."""
-    return (_add_narrow if values.dtype == np.float32 else _add_wide)(state, values, n)
-
-
-@overload(_add_grids, jit_options={"forceinline": True})
-def _(state, values, n):
-    if values.dtype == types.float32:
-        return lambda state, values, n: _add_narrow(state, values, n)
-    return lambda state, values, n: _add_wide(state, values, n)
+# Add a block on grids, if its exponents allow: whether that was exact (else nothing is added), and the guess.
+_add_grids = by_dtype(_add_narrow, _add_wide)
 
 
 @subroutine
@@ -340,7 +286,7 @@ def add_block(state, values, n):
     added number by number.
     """
     store(values, n, splat(scalar(0.0, values[0])))
-    was_exact, guess = _add_grids(state, values, n)
+    was_exact, guess = _add_grids(values, state, n)
     if not was_exact:
         for i in range(n):
             _add_float(state, np.float64(values[i]))

@@ -18,8 +18,9 @@ from fastloss._kernels._simd import (
     lane_steps,
     lanes,
     load,
-    load_integer,
     load_integers,
+    load_target,
+    load_targets,
     prefetch_l2,
     splat,
     store,
@@ -119,19 +120,21 @@ def count_up(numbers, n):
 
 
 @subroutine
-def _load_targets(data, geometry, start, n, offsets, itemsize, like, targets):
-    """Widen index targets of the type of ``like`` to int64."""
+def _load_targets(data, geometry, start, n, offsets, targets):
+    """Widen index targets to int64."""
     n_lanes = lanes(0.0)
+    kind = geometry[TARGET_KIND]
+    itemsize = 1 << (kind & 3)
     if is_dense(geometry, TARGET, itemsize, start, n) and n >= n_lanes:
         offset = row_offset(geometry, TARGET, start)
         for slot in range(0, n, n_lanes):
             i = min(slot, n - n_lanes)
             prefetch_l2(data, offset + i * itemsize, n * itemsize)  # the next tile's
-            store(targets, i, load_integers(data, offset + i * itemsize, like))
+            store(targets, i, load_targets(data, offset + i * itemsize, kind))
     else:
         row_offsets(geometry, TARGET, start, n, offsets)
         for i in range(n):
-            targets[i] = np.int64(load_integer(data, offsets[i], like))
+            targets[i] = load_target(data, offsets[i], kind)
 
 
 @subroutine
@@ -160,22 +163,7 @@ def read_targets(data, geometry, start, n, offsets, targets, near):
 
     ``near`` gets the low 32 bits, to be compared with classes in narrow lanes.
     """
-    kind = geometry[TARGET_KIND]
-    itemsize = 1 << (kind & 3)
-    if kind == 3 or kind == 7:
-        _load_targets(data, geometry, start, n, offsets, itemsize, np.int64(0), targets)
-    elif kind == 2:
-        _load_targets(data, geometry, start, n, offsets, itemsize, np.int32(0), targets)
-    elif kind == 0:
-        _load_targets(data, geometry, start, n, offsets, itemsize, np.int8(0), targets)
-    elif kind == 1:
-        _load_targets(data, geometry, start, n, offsets, itemsize, np.int16(0), targets)
-    elif kind == 4:
-        _load_targets(data, geometry, start, n, offsets, itemsize, np.uint8(0), targets)
-    elif kind == 5:
-        _load_targets(data, geometry, start, n, offsets, itemsize, np.uint16(0), targets)
-    else:
-        _load_targets(data, geometry, start, n, offsets, itemsize, np.uint32(0), targets)
+    _load_targets(data, geometry, start, n, offsets, targets)
     n_lanes = lanes(0.0)
     zero = splat(np.int64(0))
     n_classes, ignore_index = splat(geometry[N_CLASSES]), splat(geometry[IGNORE_INDEX])

@@ -761,7 +761,7 @@ def _geometry(x: Array, origin: int) -> Array:
     n_rows, n_classes = x.shape
     row_stride, class_stride = (stride // x.itemsize for stride in x.strides)
     size = _STRIDED_ROWS if row_stride == 1 < class_stride else _TILE_BYTES // (n_classes * x.itemsize)
-    size = max(_FEWEST_ROWS, min(size, _MOST_ROWS, n_rows))
+    size = max(_FEWEST_ROWS, min(size, _MOST_ROWS, n_rows) // _FEWEST_ROWS * _FEWEST_ROWS)
     return np.array(
         [n_rows, n_classes, size, -(-n_rows // size), origin, row_stride, class_stride],
         np.int64,

@@ -289,8 +289,8 @@ def brier_score_from_logits(
 
     Notes
     -----
-    The score of a row is the quotient of two sums of positive numbers in float64, so a small score keeps its digits,
-    where ``softmax(x) - 1`` has none left.
+    The score of a row is the quotient of two sums of positive numbers, so a small score keeps its digits, where
+    ``softmax(x) - 1`` has none left: for float32 logits it is within 2e-6 of the exact value, in relative terms.
 
     *Difference from scikit-learn.* There is no `pos_label`: one column of logits belongs to the greater label, and
     `labels` has to list both where `y_true` holds one alone.

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -434,7 +435,7 @@ class TestFromLogits:
                 found = log_loss_from_logits(text, logits, normalize=normalize, **options)
                 assert found == pytest.approx(expected, rel=tolerance)
             expected = sklearn.metrics.brier_score_loss(text, p, **options)
-            assert brier_score_from_logits(text, logits, **options) == pytest.approx(expected, rel=1e-12)
+            assert brier_score_from_logits(text, logits, **options) == pytest.approx(expected, rel=tolerance)
             log_loss_of_codes = sklearn.metrics.log_loss(y, p, labels=range(n_classes), sample_weight=weights)
             found = perplexity(y, logits, sample_weight=weights)
             assert found == pytest.approx(np.exp(log_loss_of_codes), rel=10 * tolerance)
@@ -516,6 +517,29 @@ class TestFromLogits:
         logits = np.array([[0, 25], [0, 30]], np.float32)
         expected = np.log1p(np.exp([-25.0, -30.0])).mean()
         assert log_loss_from_logits([1, 1], logits, labels=[0, 1]) == pytest.approx(expected, rel=2e-6)
+
+    @pytest.mark.parametrize("n_classes", [2, 5, 47, 48, 100, 3000])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_brier_scores_of_right_and_wrong_rows(self, rng, dtype, n_classes):
+        """Row by row, from scores of 1e-300 to those of 2, against float64 arithmetic of the exact quotient."""
+        x = (3 * rng.normal(size=(60, n_classes))).astype(dtype)
+        y = rng.integers(0, n_classes, 60)
+        x[np.arange(60), y] += np.linspace(-400, 345, 60).astype(dtype)
+        names = np.arange(n_classes)
+        wide = x.astype(np.longdouble)
+        odds = np.exp(wide - wide[np.arange(60), y][:, None])
+        odds[np.arange(60), y] = 0
+        expected = (odds.sum(axis=1) ** 2 + (odds**2).sum(axis=1)) / (1 + odds.sum(axis=1)) ** 2
+        bits = {}
+        for order in "CF":
+            for i in range(60):
+                row = np.array(x[i : i + 1], order=order)
+                found = brier_score_from_logits(y[i : i + 1], row, labels=names, scale_by_half=False)
+                assert found == pytest.approx(float(expected[i]), rel=2e-6 if dtype == np.float32 else 1e-13), i
+                bits.setdefault(i, found)
+                assert found == bits[i]
+            total = brier_score_from_logits(y, np.array(x, order=order), labels=names, scale_by_half=False)
+            assert total == math.fsum(bits.values()) / 60
 
     def test_masked_classes(self):
         logits = [[0.0, 1.0, -INF], [2.0, -INF, 1.0]]

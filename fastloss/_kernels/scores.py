@@ -5,8 +5,8 @@ scores as flat memory, the codes of the true classes, the weights of the rows (e
 integers (the indices below) and two parameters. It returns both sums, rounded once, and how often it met each fault.
 One column of scores stands for two classes: it is the score of the second one.
 
-All arithmetic is in float64, on values converted exactly. The scores are read from memory once, and nothing but the
-values of a tile is stored.
+Log loss is computed in float64, on values converted exactly; the terms of a Brier score in the dtype of the logits. The
+scores are read from memory once, and nothing but the values of a tile is stored.
 """
 
 import numpy as np
@@ -17,10 +17,11 @@ from fastloss._kernels._simd import (
     any_lane,
     copy,
     first_lane,
+    integer_like,
+    iota,
     lanes,
     load,
     load_columns,
-    load_integers,
     next_task,
     scalar,
     splat,
@@ -28,7 +29,7 @@ from fastloss._kernels._simd import (
     tree_sum,
     where,
 )
-from fastloss._kernels._vecmath import exp, log
+from fastloss._kernels._vecmath import exp, exp_difference, log
 from fastloss._kernels.sums import STATE_SIZE, add_block, add_state, rounded
 
 # The table: rows and classes, rows of a tile, tiles, where the first score lies, and the strides.
@@ -39,11 +40,12 @@ INVALID, NOT_NORMALISED = range(2)
 
 _LANES, _MOST_LANES = 8, 16
 
-# Classes of a group of rows that are staged at a time.
+# Classes of a group of rows that are staged at a time, and those whose terms are added before they go to float64.
 BLOCK = 256
+BATCH = 16
 
-# Sums of exp(x[c] - x[t]) whose squares neither overflow nor leave the normal numbers (2**-1022 to 2**1024).
-_LEAST_ODDS, _MOST_ODDS = 2.0**-500, 2.0**500
+# Classes from which on a row is summed by itself: few of its last vector are then left over.
+_WIDE = 48
 
 
 # ----------------------------------------------------------------------------------------------------------- log loss
@@ -169,29 +171,74 @@ def _stage_classes(x, offsets, class_stride, width, low, high, like, stage):
 
 
 @inline
-def _odds(x, offsets, class_stride, n_classes, codes, shifts, width, stage):
-    """For a group of rows, with e = exp(x - x[t]), the sums of e and of e**2 over the wrong classes: two vectors."""
-    zero = splat(0.0)
-    total, squares = zero, zero
-    if n_classes == 1:
-        # The other class has the logit 0: log-odds z are those of the wrong class for one, and -z for the other.
-        for i in range(width):
-            z = np.float64(x[offsets[i]])
-            shifts[i] = z if codes[i] == 0 else -z
-        total = exp(load(shifts, 0, 0.0))
-        return total, total * total
+def _add_odds(x, offsets, class_stride, n_classes, targets, width, like, stage, own, odds, squares):
+    """For a group of rows, with e = exp(x - x[t]), the sums of e and of e**2 over the wrong classes, in float64.
+
+    A lane adds at most :data:`BATCH` terms in the compute type.
+    """
+    zero = splat(scalar(0.0, like))
     for i in range(width):
-        shifts[i] = x[offsets[i] + codes[i] * class_stride]
-    shift, target = load(shifts, 0, 0.0), load_integers(codes, 0, np.int64(0))
+        odds[i] = 0.0
+        squares[i] = 0.0
+        own[i] = x[offsets[i] + targets[i] * class_stride]
+    shift = load(own, 0, like)
     for low in range(0, n_classes, BLOCK):
         high = min(low + BLOCK, n_classes)
-        _stage_classes(x, offsets, class_stride, width, low, high, 0.0, stage)
-        for c in range(low, high):
-            e = exp(load(stage, (c - low) * width, 0.0) - shift)
-            e = where(target == splat(np.int64(c)), zero, e)
+        _stage_classes(x, offsets, class_stride, width, low, high, like, stage)
+        for i in range(width):
+            own[i] = targets[i] - low  # exact where it may be one of the block
+        target = load(own, 0, like)
+        for batch in range(0, high - low, BATCH):
+            total, square = zero, zero
+            for c in range(batch, min(batch + BATCH, high - low)):
+                e = exp_difference(load(stage, c * width, like), shift)
+                e = where(target == splat(scalar(c, like)), zero, e)
+                total = total + e
+                square = square + e * e
+            store(own, 0, total)
+            store(own, width, square)
+            for i in range(width):
+                odds[i] += own[i]
+                squares[i] += own[width + i]
+
+
+@inline
+def _odds_of_row(x, offset, class_stride, n_classes, code, like, stage):
+    """The same for one row, whose classes fill vectors: lane by lane, then across."""
+    width = lanes(like)
+    shift, lane, zero = splat(x[offset + code * class_stride]), iota(like), splat(scalar(0.0, like))
+    odds, squares = 0.0, 0.0
+    for low in range(0, n_classes, BLOCK):
+        high = min(low + BLOCK, n_classes)
+        source, origin = x, offset + low
+        if class_stride != 1 or offset + high + width > len(x):
+            source, origin = stage, np.int64(0)
+            for c in range(low, high):
+                stage[c - low] = x[offset + c * class_stride]
+        count = splat(integer_like(high - low, like))
+        target = splat(integer_like(code - low if low <= code < high else np.int64(-1), like))
+        total, square = zero, zero
+        for c in range(0, high - low, width):
+            place = lane + splat(integer_like(c, like))
+            e = exp_difference(load(source, origin + c, like), shift)
+            e = where((place < count) & (place != target), e, zero)
             total = total + e
-            squares = squares + e * e
-    return total, squares
+            square = square + e * e
+        odds += np.float64(tree_sum(total))
+        squares += np.float64(tree_sum(square))
+    return odds, squares
+
+
+@inline
+def _binary_odds(x, offsets, targets, width, like, own, odds, squares):
+    """The same for one column: the other class has the logit 0."""
+    for i in range(width):
+        z = x[offsets[i]]
+        own[i] = z if targets[i] == 0 else -z
+    store(own, 0, exp(load(own, 0, like)))
+    for i in range(width):
+        odds[i] = own[i]
+        squares[i] = odds[i] * odds[i]
 
 
 @inline
@@ -236,20 +283,29 @@ def _brier_tile(x, table, offset, codes, n, parameters, values, scratch, stage, 
     (A**2 + B) / (1 + A)**2: a sum of positive numbers, in which nothing cancels where p[t] is nearly 1.
     """
     n_classes, row_stride, class_stride = table[N_CLASSES], table[ROW_STRIDE], table[CLASS_STRIDE]
-    offsets, targets = group[0], group[1]
+    offsets, targets, odds, squares = group[0], group[1], scratch, scratch[_MOST_LANES:]
+    like = x[0]
+    width = lanes(like)
+    own = stage[BLOCK * width :]
+    # Between the limits e**2 neither overflows nor loses digits that count by underflow.
+    limit = 2.0**500 if width == _LANES else 2.0**50
     invalid = 0
-    for first in range(0, n, _LANES):
-        count = min(_LANES, n - first)
-        _group_offsets(offset + first * row_stride, row_stride, count, _LANES, offsets)
-        for i in range(_LANES):
+    for first in range(0, n, width):
+        count = min(width, n - first)
+        _group_offsets(offset + first * row_stride, row_stride, count, width, offsets)
+        for i in range(width):
             targets[i] = codes[first + min(i, count - 1)]
-        total, squares = _odds(x, offsets, class_stride, n_classes, targets, scratch, _LANES, stage)
-        store(scratch, 0, total)
-        store(scratch, _LANES, squares)
+        if n_classes == 1:
+            _binary_odds(x, offsets, targets, width, like, own, odds, squares)
+        elif n_classes >= _WIDE:
+            for i in range(count):
+                odds[i], squares[i] = _odds_of_row(x, offsets[i], class_stride, n_classes, targets[i], like, stage)
+        else:
+            _add_odds(x, offsets, class_stride, n_classes, targets, width, like, stage, own, odds, squares)
         for i in range(count):
-            others = scratch[i]
-            if others > _LEAST_ODDS and others < _MOST_ODDS:
-                values[first + i] = (others * others + scratch[_LANES + i]) / ((1.0 + others) * (1.0 + others))
+            a = odds[i]
+            if a * limit > 1.0 and a < limit:
+                values[first + i] = (a * a + squares[i]) / ((1.0 + a) * (1.0 + a))
             else:
                 score = _brier_of_row(x, offsets[i], class_stride, n_classes, targets[i])
                 invalid += score != score
@@ -323,8 +379,8 @@ def _average(name, tile_values, has_stage=True):
     def work(counter, totals, faults, x, codes, weights, table, parameters):
         n_rows, size = table[N_ROWS], table[TILE_ROWS]
         values = np.zeros(size + 2 * _LANES, np.float64)
-        scratch = np.empty(max(size, table[N_CLASSES]) + 2 * _LANES, np.float64)
-        stage = np.empty((BLOCK + 1) * _MOST_LANES if has_stage else 0, x.dtype)
+        scratch = np.empty(max(size, table[N_CLASSES]) + 2 * _MOST_LANES, np.float64)
+        stage = np.empty((BLOCK + 2) * _MOST_LANES if has_stage else 0, x.dtype)
         group = np.empty((2, _MOST_LANES), np.int64)
         is_weighted = len(weights) > 0
         while True:

@@ -345,7 +345,7 @@ class Scipy:
 
 
 class Sklearn(Scipy):
-    """sklearn.metrics.log_loss of scipy.special.softmax, where that is the loss; and its metrics, which take the softmax
+    """sklearn.metrics.log_loss of scipy.special.softmax, where that is the loss; and its metrics, which take softmax
     for logits (but for top-k accuracy, which only asks for their order).
     """
 

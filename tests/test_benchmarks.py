@@ -338,6 +338,14 @@ def test_accuracy_measures_the_mean():
     assert accuracy.measure_mean({"fastloss": accuracy._fastloss()}, 5000)["max"]["fastloss"] <= 1
 
 
+def test_accuracy_prints_a_line_for_everything(capsys):
+    assert accuracy.main(["--tiny"]) in (0, 1)  # (on so few rows another engine may be luckier)
+    lines = capsys.readouterr().out.splitlines()
+    for dtype, band, what in itertools.product(accuracy.LOSS_BOUNDS, accuracy.BANDS, ("loss", "log_softmax")):
+        assert sum(line.startswith(f"{dtype:8} {what}, {band} ") for line in lines) == 2
+    assert sum(" mean " in line for line in lines) == 1
+
+
 def test_accuracy_tells_what_is_wrong():
     off = dict.fromkeys(("loss", "softmax", "log_softmax"))
     for what, function in accuracy._fastloss().items():
@@ -423,6 +431,17 @@ def test_log_loss_takes_a_tenth_of_the_memory_of_scikit_learn():
             child.stop()
     for name, ours, theirs in zip(names, peaks["fastloss"], peaks["sklearn"], strict=True):
         assert ours < theirs / 10, name
+
+
+def test_cold_start_measures_every_program(capsys, monkeypatch):
+    pytest.importorskip("torch")
+    cold_start = importlib.import_module("cold_start")
+    monkeypatch.setattr(sys, "argv", ["cold_start.py", "--rounds", "1"])
+    assert not cold_start.main()
+    lines = capsys.readouterr().out.splitlines()
+    for name, *_ in cold_start.PROGRAMS:
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert float(re.search(r"\d+\.\d+", line[len(name) :]).group()) > 0
 
 
 def test_streams_files_and_dask_agree_with_one_call(tmp_path):

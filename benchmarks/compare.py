@@ -103,15 +103,19 @@ class Child:
         )
 
     def ask(self, **command):
+        self.send(**command)
+        return self.answer()
+
+    def send(self, **command):
         if self.process is None:
             self._start()
-        try:
+        with contextlib.suppress(BrokenPipeError):  # (there will be no answer)
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
-            ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
-            line = self.process.stdout.readline() if ready else ""
-        except BrokenPipeError:
-            line = ""
+
+    def answer(self):
+        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        line = self.process.stdout.readline() if ready else ""
         if not line:
             self.process.kill()
             self.errors.seek(0)
@@ -155,26 +159,37 @@ def _disagreement(value, reference, tolerance):
     return None
 
 
+def _answer(ask, **command):
+    """What a child answers; an error if it dies."""
+    try:
+        return ask(**command)
+    except DiedError as death:
+        return {"error": str(death)}
+
+
 def _prepare(regime, children, tiny, problems):
-    """Ask every engine for its value; those that agree, with the answer of each."""
+    """Ask every engine for its value, all at once; those that agree, with the answer of each."""
     ready = {}
+    for child in children.values():
+        child.send(do="prepare", regime=regime.name, tiny=tiny)
     for name, child in children.items():
-        try:
-            answer = child.ask(do="prepare", regime=regime.name, tiny=tiny)
-        except DiedError as death:
-            answer = {"error": str(death)}
+        answer = _answer(child.answer)
         if "error" in answer:
             problems.append({"engine": name, "what": "failed", "message": answer["error"]})
         elif "unsupported" not in answer:
             ready[name] = answer
-    if "fastloss" in ready:
-        reference = ready["fastloss"]["value"]
-        for name in list(ready):
-            value = ready[name]["value"]
-            wrong = value and _disagreement(value, reference, TOLERANCES[regime.dtype])
-            if wrong:
-                problems.append({"engine": name, "what": "DISAGREES", "message": wrong})
-                del ready[name]
+    reference = ready.get("fastloss", {"value": None})["value"]
+    for name in list(ready):
+        value = ready[name]["value"]
+        wrong = value and reference and _disagreement(value, reference, TOLERANCES[regime.dtype])
+        if wrong:
+            problems.append({"engine": name, "what": "DISAGREES", "message": wrong})
+        else:
+            ready[name] |= _answer(children[name].ask, do="calibrate", regime=regime.name, tiny=tiny)
+            if "error" not in ready[name]:
+                continue
+            problems.append({"engine": name, "what": "failed", "message": ready[name]["error"]})
+        del ready[name]
     return ready
 
 
@@ -193,11 +208,8 @@ def run_regime(regime, children, n_rounds, tiny=False):
             if is_slow and k >= SLOW_ROUNDS:
                 continue
             time.sleep(0 if tiny else PAUSE)
-            try:
-                warm = ready[name]["seconds"] < engines.SLOW_CALL
-                answer = children[name].ask(do="measure", repeats=ready[name]["repeats"], warm=warm)
-            except DiedError as death:
-                answer = {"error": str(death)}
+            warm = ready[name]["seconds"] < engines.SLOW_CALL
+            answer = _answer(children[name].ask, do="measure", repeats=ready[name]["repeats"], warm=warm)
             if "error" in answer:
                 problems.append({"engine": name, "what": "failed", "message": answer["error"]})
                 del ready[name], seconds[name]
@@ -226,10 +238,7 @@ def run_accuracy(n_classes, children, tiny=False):
     for name, child in children.items():
         if name == "roofline":
             continue
-        try:
-            answer = child.ask(do="accuracy", n_classes=n_classes, tiny=tiny)
-        except DiedError as death:
-            answer = {"error": str(death)}
+        answer = _answer(child.ask, do="accuracy", n_classes=n_classes, tiny=tiny)
         if "error" in answer:
             problems.append({"engine": name, "what": "failed", "message": answer["error"]})
         elif "ulp" in answer:
@@ -241,18 +250,14 @@ def run_memory(results, names, n_threads, tiny=False):
     """Add the peak memory of each engine that was timed, in a fresh process, which calls nothing else."""
     for name in names:
         child = Child(name, n_threads)
-        try:
-            for result in results:
-                if name in result["seconds"]:
-                    answer = child.ask(do="memory", regime=result["name"], tiny=tiny)
-                    if "error" in answer:
-                        result["problems"].append({"engine": name, "what": "failed", "message": answer["error"]})
-                    elif "peak_mib" in answer:
-                        result["peak_mib"][name] = answer["peak_mib"]
-        except DiedError as death:
-            result["problems"].append({"engine": name, "what": "failed", "message": str(death)})
-        finally:
-            child.stop()
+        for result in results:
+            if name in result["seconds"]:
+                answer = _answer(child.ask, do="memory", regime=result["name"], tiny=tiny)
+                if "error" in answer:
+                    result["problems"].append({"engine": name, "what": "failed", "message": answer["error"]})
+                elif "peak_mib" in answer:
+                    result["peak_mib"][name] = answer["peak_mib"]
+        child.stop()
 
 
 def _summary(regime, seconds):

@@ -2,8 +2,8 @@
 
 An engine turns a regime and its NumPy arrays into a call without arguments. Whatever prepares the data (tensors, device
 arrays) happens before; what compiles, compiles at the first call. As `compare.py --worker ENGINE` it answers one JSON
-line per command: prepare (make the inputs, compute, tell some statistics of the value), measure, free, accuracy, or
-memory.
+line per command: prepare (make the inputs, compute, tell some statistics of the value), calibrate, measure, free,
+accuracy, or memory.
 """
 
 import contextlib
@@ -503,17 +503,20 @@ class Worker:
         return np.array([value, sum(float(np.dot(p, p)) for p in pieces) ** 0.5])
 
     def prepare(self, regime, tiny):
-        """Inputs, value, warm-up: the statistics of the value, and the time of one call."""
+        """Make the inputs and compute: the statistics of the value. (Other engines may be at it at the same time.)"""
         chosen = REGIMES[regime].tiny() if tiny else REGIMES[regime]
         self.function = self._function(chosen)
         if self.function is None:
             return {"unsupported": True}
-        statistics = _statistics(self._numpy(self.function()))
+        return {"value": _statistics(self._numpy(self.function()))}
+
+    def calibrate(self, regime, tiny):
+        """The time of one call, and how often it is to be repeated."""
         seconds = self.measure(1)["seconds"]
         if seconds < SLOW_CALL and not tiny:
             seconds = min(seconds, *(self.measure(1)["seconds"] for _ in range(3)))
-        repeats = LATENCY_CALLS if chosen.latency else max(1, round(SMALLEST_MEASUREMENT / seconds))
-        return {"value": statistics, "seconds": seconds, "repeats": 1 if tiny else repeats}
+        repeats = LATENCY_CALLS if REGIMES[regime].latency else max(1, round(SMALLEST_MEASUREMENT / seconds))
+        return {"seconds": seconds, "repeats": 1 if tiny else repeats}
 
     def measure(self, repeats, warm=False):
         """Seconds per call; `warm` asks for an untimed call before."""

@@ -1,6 +1,7 @@
 """The tables: what the comparison measures, and what the asv suite and the tests call.
 
-`REGIMES` are the rows of `compare.py`, each on the data of a size that matters, with the bars it has to pass.
+`REGIMES` are the rows of `compare.py`, each on the data of a size that matters, with the bars it has to pass. They make
+up three tables: the losses, their gradients, and the metrics in scikit-learn's style.
 `SIZES` are the regimes of the asv suite, small enough to be run for every commit, and `CASES` what is timed in them:
 every public name of fastloss has a row, or tests/test_benchmarks.py fails.
 """
@@ -28,18 +29,21 @@ class Regime:
     """One line of the comparison. `shape` is that of the logits as they are passed."""
 
     name: str
-    operation: str
+    operation: str  # the name of a method of the engines
     shape: tuple[int, ...]
     bar: float | None = None  # at least this many times the fastest peer
     roofline_bar: float | None = None  # at least this fraction of the rate at which the inputs can be read
     dtype: str = "float32"
     reduction: str = "mean"
-    weighted: bool = False  # class weights, and a fifth of the targets ignored
+    weighted: bool = False  # class weights, and a fifth of the targets ignored; of metrics: a weight per row
     smoothing: float = 0.0
     log_target: bool = False
     axis: int = 1
     channels_last: bool = False  # the class axis is innermost in memory
     latency: bool = False  # the time of a call itself: against PyTorch eager alone
+    probabilities: bool = False  # of gradients: class probabilities, not class indices
+    strings: bool = False  # of metrics: labels that are strings, not integers
+    table: str = "losses"
 
     @property
     def n_classes(self):
@@ -62,8 +66,14 @@ class Regime:
             if self.weighted:
                 arrays |= {"target": inputs.labels_with_ignored, "weight": inputs.weight}
             return arrays
-        if self.operation == "probabilities":
+        if self.table == "metrics":
+            weights = {"sample_weight": inputs.sample_weight} if self.weighted else {}
+            scores = inputs.probabilities if self.operation == "log_loss" else inputs.logits
+            return {"y": inputs.names if self.strings else inputs.labels, "scores": scores, **weights}
+        if self.operation == "probabilities" or self.probabilities:
             return {"logits": inputs.logits, "target": inputs.probabilities}
+        if self.operation == "value_and_grad":
+            return {"logits": inputs.logits, "target": inputs.labels}
         if self.operation == "kl":
             target = inputs.log_targets if self.log_target else inputs.probabilities
             return {"logits": inputs.log_probabilities, "target": target}
@@ -119,10 +129,40 @@ def _regimes():
         score("between, 3 rows", shape=(3, 100_003)),
         score("between, odd pixels", shape=(3, 21, 383, 511)),
     ]
-    return {regime.name: regime for regime in regimes}
+    return [*regimes, *_gradients(), *_metrics()]
 
 
-REGIMES = _regimes()
+def _gradients():
+    gradient = functools.partial(Regime, operation="value_and_grad", table="gradients")
+    imagenet = (65_536, 1000)
+    return [
+        gradient("gradient, ImageNet", shape=imagenet, bar=2),
+        gradient("gradient, few classes", shape=(1_000_000, 10), bar=2),
+        gradient("gradient, vocabulary", shape=(1024, 128_256), bar=2),
+        gradient("gradient, segmentation", shape=(8, 21, 512, 512), bar=2),
+        gradient("gradient, label smoothing", shape=imagenet, bar=1.5, smoothing=0.1),
+        gradient("gradient, probabilities", shape=imagenet, bar=1.5, probabilities=True),
+    ]
+
+
+def _metrics():
+    for shape in ((1_000_000, 10), (100_000, 100), (1000, 10)):
+        size = f"{shape[0]} x {shape[1]}"
+        bar = 5 if shape[0] == 1000 else 15
+        for dtype in ("float32", "float64"):
+            for strings in (False, True):
+                for weighted in (False, True):
+                    name = f"log_loss, {'strings' if strings else 'integers'}{', weights' * weighted}, {size} {dtype}"
+                    yield Regime(
+                        name, "log_loss", shape, 3 if strings else bar, None, dtype,
+                        weighted=weighted, strings=strings, table="metrics",
+                    )  # fmt: skip
+        for metric in ("log_loss_from_logits", "brier_score_from_logits", "top_k_accuracy_from_logits"):
+            yield Regime(f"{metric}, {size} float32", metric, shape, bar, table="metrics")
+
+
+TABLES = ("losses", "gradients", "metrics")
+REGIMES = {regime.name: regime for regime in _regimes()}
 
 
 def in_running_order(regimes):

@@ -93,6 +93,11 @@ class Inputs:
         return np.linspace(0.5, 2.0, self.n_classes, dtype=np.float32)
 
     @functools.cached_property
+    def sample_weight(self):
+        """One per row."""
+        return self._rng("sample_weight").random(self.row_shape)
+
+    @functools.cached_property
     def log_probabilities(self):
         return as_dtype(_normalise(self._normal("log_probabilities", self.shape)), self.dtype)
 

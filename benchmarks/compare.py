@@ -1,17 +1,22 @@
 """Compare fastloss with its peers, and with the rate at which the inputs can be read, on the regimes of `cases.py`.
 
-    python benchmarks/compare.py [--regimes NAME ...] [--engines NAME ...] [--rounds N] [--json FILE] [--list] ...
-    python benchmarks/compare.py --publish
+    python benchmarks/compare.py [--tables losses gradients metrics] [--regimes NAME ...] [--engines NAME ...]
+                                 [--rounds N] [--json DIRECTORY] [--list] ...
+    python benchmarks/compare.py --publish [--tables ...]
+
+Three tables: the losses; value and gradient together (against forward and backward); and the metrics in scikit-learn's
+style (against scikit-learn, whose metrics of logits are those of `scipy.special.softmax`), with the peak memory of a
+call beyond its inputs.
 
 Every engine runs in a process of its own, over the same seeded data. Before anything is timed, all engines must agree
 on the value. Then they are asked in turn, round by round, and the ratio reported is the median over the rounds of (time
 of the peer / time of fastloss in that round). While one engine works the others wait on a pipe. Each turn begins with a
 pause, in which worker threads stop spinning, so that every library can keep its own waiting policy (or that of
 OMP_WAIT_POLICY), and with one untimed call. "roofline" is a parallel sum over the bytes of the inputs; the fraction is
-its time / that of fastloss. Last comes the worst error of each engine on confident predictions.
+its time / that of fastloss. After the losses comes the worst error of each engine on confident predictions.
 
-`--publish` measures everything and then writes `benchmarks/results/comparison.json`, the chart beside it and the
-README's tables (see `report.py`). An engine that is not installed, fails or disagrees is named and left out.
+`--publish` measures everything (or whole tables) and then writes `benchmarks/results/TABLE.json`, the chart beside them
+and the README's tables (see `report.py`). An engine that is not installed, fails or disagrees is named and left out.
 
 Exits with 1 if a value disagrees (that engine is then not timed) or fastloss itself fails; missed bars are printed.
 """
@@ -98,15 +103,19 @@ class Child:
         )
 
     def ask(self, **command):
+        self.send(**command)
+        return self.answer()
+
+    def send(self, **command):
         if self.process is None:
             self._start()
-        try:
+        with contextlib.suppress(BrokenPipeError):  # (there will be no answer)
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
-            ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
-            line = self.process.stdout.readline() if ready else ""
-        except BrokenPipeError:
-            line = ""
+
+    def answer(self):
+        ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE)
+        line = self.process.stdout.readline() if ready else ""
         if not line:
             self.process.kill()
             self.errors.seek(0)
@@ -150,26 +159,37 @@ def _disagreement(value, reference, tolerance):
     return None
 
 
+def _answer(ask, **command):
+    """What a child answers; an error if it dies."""
+    try:
+        return ask(**command)
+    except DiedError as death:
+        return {"error": str(death)}
+
+
 def _prepare(regime, children, tiny, problems):
-    """Ask every engine for its value; those that agree, with the answer of each."""
+    """Ask every engine for its value, all at once; those that agree, with the answer of each."""
     ready = {}
+    for child in children.values():
+        child.send(do="prepare", regime=regime.name, tiny=tiny)
     for name, child in children.items():
-        try:
-            answer = child.ask(do="prepare", regime=regime.name, tiny=tiny)
-        except DiedError as death:
-            answer = {"error": str(death)}
+        answer = _answer(child.answer)
         if "error" in answer:
             problems.append({"engine": name, "what": "failed", "message": answer["error"]})
         elif "unsupported" not in answer:
             ready[name] = answer
-    if "fastloss" in ready:
-        reference = ready["fastloss"]["value"]
-        for name in list(ready):
-            value = ready[name]["value"]
-            wrong = value and _disagreement(value, reference, TOLERANCES[regime.dtype])
-            if wrong:
-                problems.append({"engine": name, "what": "DISAGREES", "message": wrong})
-                del ready[name]
+    reference = ready.get("fastloss", {"value": None})["value"]
+    for name in list(ready):
+        value = ready[name]["value"]
+        wrong = value and reference and _disagreement(value, reference, TOLERANCES[regime.dtype])
+        if wrong:
+            problems.append({"engine": name, "what": "DISAGREES", "message": wrong})
+        else:
+            ready[name] |= _answer(children[name].ask, do="calibrate", regime=regime.name, tiny=tiny)
+            if "error" not in ready[name]:
+                continue
+            problems.append({"engine": name, "what": "failed", "message": ready[name]["error"]})
+        del ready[name]
     return ready
 
 
@@ -188,11 +208,8 @@ def run_regime(regime, children, n_rounds, tiny=False):
             if is_slow and k >= SLOW_ROUNDS:
                 continue
             time.sleep(0 if tiny else PAUSE)
-            try:
-                warm = ready[name]["seconds"] < engines.SLOW_CALL
-                answer = children[name].ask(do="measure", repeats=ready[name]["repeats"], warm=warm)
-            except DiedError as death:
-                answer = {"error": str(death)}
+            warm = ready[name]["seconds"] < engines.SLOW_CALL
+            answer = _answer(children[name].ask, do="measure", repeats=ready[name]["repeats"], warm=warm)
             if "error" in answer:
                 problems.append({"engine": name, "what": "failed", "message": answer["error"]})
                 del ready[name], seconds[name]
@@ -208,6 +225,7 @@ def run_regime(regime, children, n_rounds, tiny=False):
         "values": {name: answer["value"] for name, answer in ready.items()},
         "repeats": {name: answer["repeats"] for name, answer in ready.items()},
         "seconds": seconds,
+        "peak_mib": {},
         "other_cpus": round(others, 3),
         "problems": problems,
         **_summary(regime, seconds),
@@ -220,15 +238,26 @@ def run_accuracy(n_classes, children, tiny=False):
     for name, child in children.items():
         if name == "roofline":
             continue
-        try:
-            answer = child.ask(do="accuracy", n_classes=n_classes, tiny=tiny)
-        except DiedError as death:
-            answer = {"error": str(death)}
+        answer = _answer(child.ask, do="accuracy", n_classes=n_classes, tiny=tiny)
         if "error" in answer:
             problems.append({"engine": name, "what": "failed", "message": answer["error"]})
         elif "ulp" in answer:
             errors[name] = answer["ulp"]
     return {"classes": n_classes, "ulp": errors, "problems": problems}
+
+
+def run_memory(results, names, n_threads, tiny=False):
+    """Add the peak memory of each engine that was timed, in a fresh process, which calls nothing else."""
+    for name in names:
+        child = Child(name, n_threads)
+        for result in results:
+            if name in result["seconds"]:
+                answer = _answer(child.ask, do="memory", regime=result["name"], tiny=tiny)
+                if "error" in answer:
+                    result["problems"].append({"engine": name, "what": "failed", "message": answer["error"]})
+                elif "peak_mib" in answer:
+                    result["peak_mib"][name] = answer["peak_mib"]
+        child.stop()
 
 
 def _summary(regime, seconds):
@@ -284,7 +313,7 @@ def row(result, peers):
 
 
 def plain_line(cells, peers):
-    widths = [25, 30, 11, *(max(8, len(peer)) for peer in peers), 12, 16, 16]
+    widths = [max(25, len(cells[0])), 30, 11, *(max(8, len(peer)) for peer in peers), 12, 16, 16]
     return "  ".join(
         cell.ljust(width) if k < 2 else cell.rjust(width)
         for k, (cell, width) in enumerate(zip(cells, widths, strict=True))
@@ -317,33 +346,30 @@ def environment(arguments, names):
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,
         "packages": packages,
-        "not_installed": [name for name in arguments.engines if name not in names],
+        "not_installed": [name for name in arguments.engines if engines.versions(name) is None],
     }
-
-
-def _write_partial(path, content):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    return partial
 
 
 def write_json(path, content):
     """Under another name, then renamed: what lies there is whole."""
-    _write_partial(path, content).replace(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------- main
 
 
-def _chosen(names):
-    """The regimes whose names begin with one of these (all without names)."""
+def _chosen(tables, names):
+    """The regimes of each of these tables whose names begin with one of these (all without names)."""
     found = {}
     for name in names or [""]:
-        matching = {k: r for k, r in cases.REGIMES.items() if k.lower().startswith(name.lower())}
+        matching = {k: r for k, r in cases.REGIMES.items() if r.table in tables and k.lower().startswith(name.lower())}
         if not matching:
             raise SystemExit(f"compare.py: no regime begins with {name!r}; --list names them")
         found.update(matching)
-    return list(found.values())
+    chosen = {table: [regime for regime in found.values() if regime.table == table] for table in tables}
+    return {table: regimes for table, regimes in chosen.items() if regimes}
 
 
 def _restrict_to(n_threads):
@@ -356,23 +382,23 @@ def _restrict_to(n_threads):
 
 def _parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", nargs="+", choices=cases.TABLES, default=list(cases.TABLES))
     parser.add_argument("--regimes", nargs="+", metavar="NAME", help="those that begin with a NAME (default: all)")
     parser.add_argument("--engines", nargs="+", choices=engines.ENGINES, default=list(engines.ENGINES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times there (FILE.partial until the end)")
+    parser.add_argument("--json", type=Path, metavar="DIRECTORY", help="write all that was measured there, by table")
     parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown, too")
-    parser.add_argument("--publish", action="store_true", help="measure everything; write results/ and the README")
+    parser.add_argument("--publish", action="store_true", help="measure whole tables; write results/ and the README")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes: whether everything works, not how fast")
     parser.add_argument("--list", action="store_true", help="name the regimes and exit")
     parser.add_argument("--worker", choices=engines.ENGINES, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.publish:
         if chosen.regimes or chosen.tiny or chosen.json or chosen.engines != list(engines.ENGINES):
-            parser.error("--publish measures every regime in its size with every engine, for the README")
+            parser.error("--publish measures every regime of a table in its size with every engine, for the README")
         report.check()  # before minutes are spent
-        chosen.json = report.JSON
-        chosen.json.parent.mkdir(exist_ok=True)
+        chosen.json = report.RESULTS
     return chosen
 
 
@@ -380,7 +406,7 @@ def _list():
     for regime in cases.REGIMES.values():
         shape = " x ".join(map(str, regime.shape))
         bars = f"bar {regime.bar or '-'}, roofline {regime.roofline_bar or '-'}"
-        print(f"{regime.name:26}{regime.operation:15}{shape:22}{regime.dtype:10}{bars}")
+        print(f"{regime.name:58}{regime.operation:28}{shape:22}{regime.dtype:10}{bars}")
 
 
 def _installed(names):
@@ -391,11 +417,16 @@ def _installed(names):
     return installed
 
 
-def measure(arguments, regimes, names):
-    """Everything, printed as it is found, and the content of the JSON file."""
+def _print_problems(result):
+    for problem in result["problems"]:
+        print(f"  !!! {problem['engine']} {problem['what']}: {problem['message']}", flush=True)
+
+
+def measure(arguments, table, regimes, names):
+    """A table, printed as it is found, and the content of its JSON file."""
     peers = [name for name in names if name not in ("fastloss", "roofline")]
     children = {name: Child(name, arguments.threads) for name in names}
-    found = {"environment": environment(arguments, names), "regimes": [], "accuracy": [], "seconds": None}
+    found = {"table": table, "environment": environment(arguments, names), "regimes": [], "accuracy": []}
     begin = time.monotonic()
     try:
         print(plain_line(header(peers), peers), flush=True)
@@ -403,21 +434,24 @@ def measure(arguments, regimes, names):
             result = run_regime(regime, children, arguments.rounds, arguments.tiny)
             found["regimes"].append(result)
             print(plain_line(row(result, peers), peers), flush=True)
-            for problem in result["problems"]:
-                print(f"  !!! {problem['engine']} {problem['what']}: {problem['message']}", flush=True)
+            _print_problems(result)
             if result["other_cpus"] > OTHER_CPUS and not arguments.tiny:
                 print(f"  !!! other processes used {result['other_cpus']:.2f} CPUs meanwhile: measure again")
-            if arguments.json:
-                _write_partial(arguments.json, found)
         order = [regime.name for regime in regimes]
         found["regimes"].sort(key=lambda result: order.index(result["name"]))
-        for n_classes in engines.CONFIDENT_CLASSES:
+        for n_classes in engines.CONFIDENT_CLASSES if table == "losses" else ():
             found["accuracy"].append(run_accuracy(n_classes, children, arguments.tiny))
             errors = ", ".join(f"{name} {value:.3g}" for name, value in found["accuracy"][-1]["ulp"].items())
             print(f"worst error, confident predictions of {n_classes} classes, in ulp: {errors}", flush=True)
     finally:
         for child in children.values():
             child.stop()
+    if table == "metrics":
+        run_memory(found["regimes"], names, arguments.threads, arguments.tiny)
+        for result in found["regimes"]:
+            peaks = ", ".join(f"{name} {mib:.3g}" for name, mib in result["peak_mib"].items())
+            print(f"peak memory in MiB, {result['name']}: {peaks}", flush=True)
+            _print_problems(result)
     found["seconds"] = round(time.monotonic() - begin, 1)
     return found
 
@@ -431,15 +465,20 @@ def main(arguments=None):
         _list()
         return 0
     _restrict_to(arguments.threads)
-    found = measure(arguments, _chosen(arguments.regimes), _installed(arguments.engines))
-    if arguments.json:
-        write_json(arguments.json, found)
+    chosen, names = _chosen(arguments.tables, arguments.regimes), _installed(arguments.engines)
+    problems = []
+    for table, regimes in chosen.items():
+        timed = [name for name in names if any(hasattr(engines.ENGINES[name], r.operation) for r in regimes)]
+        found = measure(arguments, table, regimes, timed)
+        problems += [problem for result in found["regimes"] for problem in result["problems"]]
+        if arguments.json:
+            arguments.json.mkdir(exist_ok=True)
+            write_json(arguments.json / f"{table}.json", found)
+        if arguments.markdown:
+            print("\n" + report.markdown(found))
+        print("\n" + report.footer(found), flush=True)
     if arguments.publish:
         report.publish()
-    if arguments.markdown:
-        print("\n" + report.markdown(found))
-    print("\n" + report.footer(found))
-    problems = [problem for result in found["regimes"] for problem in result["problems"]]
     return int(any(problem["what"] == "DISAGREES" or problem["engine"] == "fastloss" for problem in problems))
 
 

@@ -2,10 +2,12 @@
 
 An engine turns a regime and its NumPy arrays into a call without arguments. Whatever prepares the data (tensors, device
 arrays) happens before; what compiles, compiles at the first call. As `compare.py --worker ENGINE` it answers one JSON
-line per command: prepare (make the inputs, compute, tell some statistics of the value), measure, free, accuracy.
+line per command: prepare (make the inputs, compute, tell some statistics of the value), calibrate, measure, free,
+accuracy, or memory.
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import importlib.metadata
@@ -52,7 +54,7 @@ class Fastloss:
     def __init__(self, n_threads):
         import numba
 
-        import fastloss
+        import fastloss.metrics
 
         numba.set_num_threads(n_threads)
         self.library = fastloss
@@ -79,6 +81,14 @@ class Fastloss:
 
     def log_softmax(self, regime, logits):
         return functools.partial(self.library.log_softmax, logits, axis=regime.axis)
+
+    def value_and_grad(self, regime, **arrays):
+        return self._loss(self.library.value_and_grad(self.library.cross_entropy), regime, **arrays)
+
+    def log_loss(self, regime, y, scores, **weights):
+        return functools.partial(getattr(self.library.metrics, regime.operation), y, scores, **weights)
+
+    log_loss_from_logits = brier_score_from_logits = top_k_accuracy_from_logits = log_loss
 
     def numpy(self, result):
         return np.asarray(result)
@@ -140,6 +150,24 @@ class Torch:
     def log_softmax(self, regime, logits):
         return self.call(self.functions.log_softmax, self.tensor(logits), dim=regime.axis)
 
+    def value_and_grad(self, regime, logits, target):
+        torch = self.torch
+        with torch.inference_mode(False):
+            x, y = self.tensor(logits).requires_grad_(), self.tensor(target)
+            loss = self.differentiable(regime)
+
+        def call():
+            with torch.inference_mode(False), torch.enable_grad():
+                x.grad = None
+                value = loss(x, y)
+                value.backward()
+                return value.detach(), x.grad
+
+        return call
+
+    def differentiable(self, regime):
+        return functools.partial(self.functions.cross_entropy, **_loss_options(regime, None))
+
     def numpy(self, result):
         return result.double().numpy()
 
@@ -157,6 +185,9 @@ class Inductor(Torch):
     def call(self, function, *tensors, **options):
         compiled = self.torch.compile(lambda *inputs: function(*inputs, **options), dynamic=False)
         return functools.partial(compiled, *tensors)
+
+    def differentiable(self, regime):
+        return self.torch.compile(super().differentiable(regime), dynamic=False)
 
     def free(self):
         self.torch._dynamo.reset()
@@ -177,7 +208,7 @@ class Xla:
         jax.config.update("jax_enable_x64", regime.dtype == "float64")
         compiled = jax.jit(function)
         inputs = [jax.device_put(array) for array in arrays]
-        return lambda: compiled(*inputs).block_until_ready()
+        return lambda: jax.block_until_ready(compiled(*inputs))
 
     def _wide(self, x):
         return x if x.dtype.itemsize > 2 else x.astype(np.float32)
@@ -195,7 +226,7 @@ class Xla:
         losses = jnp.where(kept, losses * weights, 0)
         return losses.sum() / weights.sum() if regime.reduction == "mean" else losses
 
-    def cross_entropy(self, regime, logits, target, weight=None):
+    def _cross_entropy(self, regime):
         jax, axis = self.jax, regime.memory_axis
 
         def function(x, t, w=None):
@@ -207,14 +238,23 @@ class Xla:
                 losses = (1 - regime.smoothing) * losses + regime.smoothing * (log_sum - x.mean(axis))
             return self._picked(regime, losses, t, w)
 
+        return function
+
+    def cross_entropy(self, regime, logits, target, weight=None):
         inputs = [self._in_memory(regime, logits), target.astype(np.int32)] + [weight] * (weight is not None)
-        return self.call(regime, function, *inputs)
+        return self.call(regime, self._cross_entropy(regime), *inputs)
+
+    def _probabilities(self, x, y):
+        return -(y * self.jax.nn.log_softmax(x, axis=1)).sum(axis=1).mean()
 
     def probabilities(self, regime, logits, target):
-        def function(x, y):
-            return -(y * self.jax.nn.log_softmax(x, axis=1)).sum(axis=1).mean()
+        return self.call(regime, self._probabilities, logits, target)
 
-        return self.call(regime, function, logits, target)
+    def value_and_grad(self, regime, logits, target):
+        if regime.probabilities:
+            return self.call(regime, self.jax.value_and_grad(self._probabilities), logits, target)
+        loss = self.jax.value_and_grad(self._cross_entropy(regime))
+        return self.call(regime, loss, logits, target.astype(np.int32))
 
     def nll(self, regime, logits, target):
         def function(x, t):
@@ -305,7 +345,9 @@ class Scipy:
 
 
 class Sklearn(Scipy):
-    """sklearn.metrics.log_loss of scipy.special.softmax, where that is the loss."""
+    """sklearn.metrics.log_loss of scipy.special.softmax, where that is the loss; and its metrics, which take softmax
+    for logits (but for top-k accuracy, which only asks for their order).
+    """
 
     packages = ("scikit-learn",)
     probabilities = nll = kl = logsumexp = softmax = log_softmax = None
@@ -332,6 +374,18 @@ class Sklearn(Scipy):
             )
 
         return call
+
+    def log_loss(self, regime, y, scores, **weights):
+        return functools.partial(self.metrics.log_loss, y, scores, **weights)
+
+    def log_loss_from_logits(self, regime, y, scores):
+        return lambda: self.metrics.log_loss(y, self.special.softmax(scores, axis=1))
+
+    def brier_score_from_logits(self, regime, y, scores):
+        return lambda: self.metrics.brier_score_loss(y, self.special.softmax(scores, axis=1))
+
+    def top_k_accuracy_from_logits(self, regime, y, scores):
+        return functools.partial(self.metrics.top_k_accuracy_score, y, scores)
 
 
 class Roofline:
@@ -435,21 +489,34 @@ class Worker:
             self.data, self.inputs = regime.data, Inputs(*regime.data)
         return regime.arrays(self.inputs)
 
+    def _function(self, regime):
+        """The call; None if the engine has none."""
+        operation = getattr(self.engine, regime.operation, None)
+        return operation and operation(regime, **self._arrays(regime))
+
+    def _numpy(self, result):
+        """The result as an array: of a value and its gradient, the value and the gradient's norm."""
+        if not isinstance(result, tuple):
+            return self.engine.numpy(result)
+        value, gradient = map(self.engine.numpy, result)
+        pieces = np.array_split(gradient.reshape(-1), 1 + gradient.size // 65_536)
+        return np.array([value, sum(float(np.dot(p, p)) for p in pieces) ** 0.5])
+
     def prepare(self, regime, tiny):
-        """Inputs, value, warm-up: the statistics of the value, and the time of one call."""
+        """Make the inputs and compute: the statistics of the value. (Other engines may be at it at the same time.)"""
         chosen = REGIMES[regime].tiny() if tiny else REGIMES[regime]
-        operation = getattr(self.engine, chosen.operation)
-        self.function = operation and operation(chosen, **self._arrays(chosen))
+        self.function = self._function(chosen)
         if self.function is None:
             return {"unsupported": True}
-        result = self.engine.numpy(self.function())
-        statistics = _statistics(result)
-        del result
+        return {"value": _statistics(self._numpy(self.function()))}
+
+    def calibrate(self, regime, tiny):
+        """The time of one call, and how often it is to be repeated."""
         seconds = self.measure(1)["seconds"]
         if seconds < SLOW_CALL and not tiny:
             seconds = min(seconds, *(self.measure(1)["seconds"] for _ in range(3)))
-        repeats = LATENCY_CALLS if chosen.latency else max(1, round(SMALLEST_MEASUREMENT / seconds))
-        return {"value": statistics, "seconds": seconds, "repeats": 1 if tiny else repeats}
+        repeats = LATENCY_CALLS if REGIMES[regime].latency else max(1, round(SMALLEST_MEASUREMENT / seconds))
+        return {"seconds": seconds, "repeats": 1 if tiny else repeats}
 
     def measure(self, repeats, warm=False):
         """Seconds per call; `warm` asks for an untimed call before."""
@@ -460,6 +527,25 @@ class Worker:
         for _ in range(repeats):
             function()
         return {"seconds": (time.perf_counter() - begin) / repeats}
+
+    def memory(self, regime, tiny=False):
+        """The peak in MiB of one call beyond its inputs, after a smaller one."""
+        import memory
+
+        if sys.platform != "linux":
+            return {"unsupported": True}
+        chosen = REGIMES[regime].tiny() if tiny else REGIMES[regime]
+        rows, n_classes = chosen.shape
+        smaller = dataclasses.replace(chosen, shape=(min(rows, max(rows // 10, 1000, n_classes)), n_classes))
+        warm_up = self._function(smaller)
+        if warm_up is None:
+            return {"unsupported": True}
+        for _ in range(3):
+            warm_up()
+        del warm_up
+        peak = memory.peak_growth(self._function(chosen))[1]
+        self.data = self.inputs = None
+        return {"peak_mib": peak}
 
     def free(self):
         """Forget what was compiled and prepared; the inputs stay for the next regime."""

@@ -2,8 +2,8 @@
 
     python benchmarks/report.py
 
-reads `benchmarks/results/comparison.json`, as `compare.py --publish` wrote it, and writes the chart beside it and the
-tables into the README, between the two comments that mark their place. Needs matplotlib (the `bench` extra).
+reads `benchmarks/results/*.json`, as `compare.py --publish` wrote them, and writes the chart beside them and the tables
+into the README, each between two comments that mark its place. Needs matplotlib (the `bench` extra).
 """
 
 import importlib
@@ -12,11 +12,13 @@ import math
 import re
 from pathlib import Path
 
+import cases
+
 HERE = Path(__file__).resolve().parent
-JSON = HERE / "results" / "comparison.json"
-SVG = HERE / "results" / "comparison.svg"
+RESULTS = HERE / "results"
+SVG = RESULTS / "comparison.svg"
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- comparison: written by benchmarks/report.py -->", "<!-- end of the comparison -->"
+BEGIN, END = "<!-- {}: written by benchmarks/report.py -->", "<!-- end of {} -->"
 
 PEERS = {
     "torch": "PyTorch",
@@ -34,6 +36,8 @@ STYLES = {
     "sklearn": ("#a06cd5", "v"),
 }
 INK = "#808890"
+FOLD_ALL = "<details>\n<summary>Every regime, and how it was measured</summary>"
+FOLD = "<details>\n<summary>How it was measured</summary>"
 
 
 def number(value, digits=2):
@@ -65,6 +69,10 @@ def size(result):
     return " x ".join(str(n) for n in result["shape"]) + f" {result['dtype']}"
 
 
+def _mib(value):
+    return "-" if value is None else f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
 def _peers(found):
     """The peers that were measured at all."""
     seen = {name for result in found["regimes"] for name in result["ratios"]}
@@ -78,17 +86,60 @@ def _table(head, rows):
 
 def speed_table(found):
     peers = _peers(found)
+    has_roofline = any(result["roofline"] is not None for result in found["regimes"])
     rows = [
         [
             result["name"],
             size(result),
             _time(result["milliseconds"]),
             *(_ratio(result["ratios"].get(peer)) for peer in peers),
-            "-" if result["roofline"] is None else f"{100 * result['roofline']:.0f} %",
+            *(["-" if result["roofline"] is None else f"{100 * result['roofline']:.0f} %"] if has_roofline else []),
         ]
         for result in found["regimes"]
     ]
-    return _table(["regime", "logits", "fastloss", *(PEERS[peer] for peer in peers), "of the roofline"], rows)
+    columns = ["regime", "logits", "fastloss", *(PEERS[peer] for peer in peers)]
+    return _table([*columns, "of the roofline"] if has_roofline else columns, rows)
+
+
+def _what(result):
+    """What is measured of a metric, without the size."""
+    return result["name"].rpartition(",")[0]
+
+
+def metrics_table(found):
+    """Times and peak memory against scikit-learn."""
+    rows = [
+        [
+            _what(result),
+            size(result),
+            _time(result["milliseconds"]),
+            _ratio(result["ratios"].get("sklearn")),
+            *(_mib(result["peak_mib"].get(name)) for name in ("fastloss", "sklearn")),
+        ]
+        for result in found["regimes"]
+    ]
+    return _table(["", "scores", "fastloss", "scikit-learn", "MiB", "MiB, scikit-learn"], rows)
+
+
+def metrics_summary(found):
+    """For each kind of call the range of the ratios, of times and of memory."""
+    kinds = {}
+    for result in found["regimes"]:
+        if "sklearn" in result["ratios"]:
+            kinds.setdefault(_what(result).removesuffix(", weights"), []).append(result)
+    lines = []
+    for kind, results in kinds.items():
+        times = [result["ratios"]["sklearn"] for result in results]
+        line = f"* `{kind.partition(',')[0]}`{''.join(kind.partition(',')[1:])}: scikit-learn takes "
+        line += f"{_ratio(min(times))} to {_ratio(max(times))} times as long"
+        peaks = [result["peak_mib"] for result in results if len(result["peak_mib"]) == 2 and result["shape"][0] > 1000]
+        if peaks:
+            line += (
+                f", and {_ratio(min(peak['sklearn'] / peak['fastloss'] for peak in peaks))} times the memory or more"
+            )
+            line += " for large input"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def accuracy_table(found):
@@ -131,26 +182,23 @@ def footer(found):
 
 
 def markdown(found):
-    """What the README shows: sentences, accuracy, and the whole table, folded."""
-    return "\n\n".join(
-        [
-            summary(found),
-            accuracy_table(found),
-            "<details>\n<summary>Every regime, and how it was measured</summary>",
-            speed_table(found),
-            footer(found),
-            "</details>",
-        ]
-    )
+    """What the README shows of a table: what it comes to, and how it was measured, folded."""
+    if found["table"] == "losses":
+        parts = [summary(found), accuracy_table(found), FOLD_ALL, speed_table(found)]
+    elif found["table"] == "gradients":
+        parts = [speed_table(found), FOLD]
+    else:
+        parts = [metrics_summary(found), FOLD_ALL, metrics_table(found)]
+    return "\n\n".join([*parts, footer(found), "</details>"])
 
 
-def chart(found, path):
+def chart(tables, path):
     """Speed against each peer per regime, on a logarithmic axis: right of 1 fastloss is the faster."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    results = [result for result in found["regimes"] if result["ratios"]]
+    results = [result for found in tables for result in found["regimes"] if result["ratios"]]
     ratios = [ratio for result in results for ratio in result["ratios"].values()]
     settings = {
         "svg.fonttype": "none",
@@ -172,7 +220,7 @@ def chart(found, path):
         for place, result in enumerate(results):
             values = list(result["ratios"].values())
             axes.plot([min(values), max(values)], [place, place], color=INK, alpha=0.35, linewidth=1, zorder=1)
-        for peer in _peers(found):
+        for peer in dict.fromkeys(peer for found in tables for peer in _peers(found)):
             points = [(r["ratios"][peer], place) for place, r in enumerate(results) if peer in r["ratios"]]
             colour, marker = STYLES[peer]
             axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, label=PEERS[peer], zorder=2)
@@ -195,33 +243,49 @@ def chart(found, path):
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def _check_place(readme):
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"the README should hold {BEGIN!r} and {END!r} once each")
+def committed():
+    """The tables that were measured, in their order."""
+    paths = [RESULTS / f"{table}.json" for table in cases.TABLES]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
-def with_tables(readme, found):
-    """A README whose marked place holds the tables."""
-    _check_place(readme)
-    return re.sub(
-        re.escape(BEGIN) + ".*" + re.escape(END),
-        lambda match: f"{BEGIN}\n\n{markdown(found)}\n\n{END}",
-        readme,
-        flags=re.DOTALL,
-    )
+def charted(tables):
+    """The metrics are not in the chart: they have one peer and many rows."""
+    return [found for found in tables if found["table"] != "metrics"]
+
+
+def _check_places(readme):
+    for table in cases.TABLES:
+        for mark in (BEGIN.format(table), END.format(table)):
+            if readme.count(mark) != 1:
+                raise ValueError(f"the README should hold {mark!r} once")
+
+
+def with_tables(readme, tables):
+    """A README whose marked places hold the tables."""
+    _check_places(readme)
+    for found in tables:
+        begin, end = BEGIN.format(found["table"]), END.format(found["table"])
+        readme = re.sub(
+            re.escape(begin) + ".*" + re.escape(end),
+            lambda match, found=found, begin=begin, end=end: f"{begin}\n\n{markdown(found)}\n\n{end}",
+            readme,
+            flags=re.DOTALL,
+        )
+    return readme
 
 
 def check():
     """Whether there is what `publish` needs; raises ImportError or ValueError."""
     importlib.import_module("matplotlib")
-    _check_place(README.read_text(encoding="utf-8"))
+    _check_places(README.read_text(encoding="utf-8"))
 
 
 def publish():
     """Chart and tables from the committed JSON."""
-    found = json.loads(JSON.read_text(encoding="utf-8"))
-    chart(found, SVG)
-    README.write_text(with_tables(README.read_text(encoding="utf-8"), found), encoding="utf-8")
+    tables = committed()
+    chart(charted(tables), SVG)
+    README.write_text(with_tables(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
     print(f"wrote {SVG} and the tables of {README}")
 
 

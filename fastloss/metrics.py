@@ -289,8 +289,8 @@ def brier_score_from_logits(
 
     Notes
     -----
-    The score of a row is the quotient of two sums of positive numbers in float64, so a small score keeps its digits,
-    where ``softmax(x) - 1`` has none left.
+    The score of a row is the quotient of two sums of positive numbers, so a small score keeps its digits, where
+    ``softmax(x) - 1`` has none left: for float32 logits it is within 2e-6 of the exact value, in relative terms.
 
     *Difference from scikit-learn.* There is no `pos_label`: one column of logits belongs to the greater label, and
     `labels` has to list both where `y_true` holds one alone.
@@ -761,7 +761,7 @@ def _geometry(x: Array, origin: int) -> Array:
     n_rows, n_classes = x.shape
     row_stride, class_stride = (stride // x.itemsize for stride in x.strides)
     size = _STRIDED_ROWS if row_stride == 1 < class_stride else _TILE_BYTES // (n_classes * x.itemsize)
-    size = max(_FEWEST_ROWS, min(size, _MOST_ROWS, n_rows))
+    size = max(_FEWEST_ROWS, min(size, _MOST_ROWS, n_rows) // _FEWEST_ROWS * _FEWEST_ROWS)
     return np.array(
         [n_rows, n_classes, size, -(-n_rows // size), origin, row_stride, class_stride],
         np.int64,

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -131,6 +132,16 @@ LABELS = {
     "series of strings": lambda codes: pd.Series([f"s{i}" for i in codes], index=codes * 2),
     "series of categories": lambda codes: pd.Series([f"s{i}" for i in codes], dtype="category"),
     "nullable series": lambda codes: pd.Series(codes, dtype="Int64"),
+    "categories in another order": lambda codes: pd.Series(
+        pd.Categorical([f"s{i}" for i in codes], [f"s{i}" for i in range(20)][::-1], ordered=True)
+    ),
+    "index": lambda codes: pd.Index([f"s{i}" for i in codes]),
+    "arrow strings": lambda codes: pd.Series([f"s{i}" for i in codes], dtype="string"),
+    "range of floats": lambda codes: np.where(codes == 0, -0.0, codes),
+    "half floats": lambda codes: codes.astype(np.float16),
+    "tuple": lambda codes: tuple(codes.tolist()),
+    "list of NumPy's": lambda codes: list(codes.astype(np.int8)),
+    "empty string": lambda codes: np.array(["" if i == 0 else f"c{i}" for i in codes]),
     "column": lambda codes: codes[:, None],
     "frame": lambda codes: pd.DataFrame({"label": [f"{i}" for i in codes]}),
 }
@@ -434,7 +445,7 @@ class TestFromLogits:
                 found = log_loss_from_logits(text, logits, normalize=normalize, **options)
                 assert found == pytest.approx(expected, rel=tolerance)
             expected = sklearn.metrics.brier_score_loss(text, p, **options)
-            assert brier_score_from_logits(text, logits, **options) == pytest.approx(expected, rel=1e-12)
+            assert brier_score_from_logits(text, logits, **options) == pytest.approx(expected, rel=tolerance)
             log_loss_of_codes = sklearn.metrics.log_loss(y, p, labels=range(n_classes), sample_weight=weights)
             found = perplexity(y, logits, sample_weight=weights)
             assert found == pytest.approx(np.exp(log_loss_of_codes), rel=10 * tolerance)
@@ -495,7 +506,8 @@ class TestFromLogits:
         for dtype in (np.int8, np.uint64, pytest.importorskip("ml_dtypes").bfloat16):
             x = logits.astype(dtype)
             assert log_loss_from_logits(y, x) == pytest.approx(sklearn.metrics.log_loss(y, p), rel=1e-6)
-            assert brier_score_from_logits(y, x) == pytest.approx(sklearn.metrics.brier_score_loss(y, p), rel=1e-12)
+            tolerance = 1e-12 if dtype in (np.int8, np.uint64) else 2e-6
+            assert brier_score_from_logits(y, x) == pytest.approx(sklearn.metrics.brier_score_loss(y, p), rel=tolerance)
             assert top_k_accuracy_from_logits(y, x, k=2) == pytest.approx(2 / 3)
 
     @pytest.mark.parametrize("gap", [1e-3, 1.0, 30.0, 45.0, 300.0, 700.0])
@@ -516,6 +528,29 @@ class TestFromLogits:
         logits = np.array([[0, 25], [0, 30]], np.float32)
         expected = np.log1p(np.exp([-25.0, -30.0])).mean()
         assert log_loss_from_logits([1, 1], logits, labels=[0, 1]) == pytest.approx(expected, rel=2e-6)
+
+    @pytest.mark.parametrize("n_classes", [2, 5, 47, 48, 100, 3000])
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_brier_scores_of_right_and_wrong_rows(self, rng, dtype, n_classes):
+        """Row by row, from scores of 1e-300 to those of 2, against float64 arithmetic of the exact quotient."""
+        x = (3 * rng.normal(size=(60, n_classes))).astype(dtype)
+        y = rng.integers(0, n_classes, 60)
+        x[np.arange(60), y] += np.linspace(-400, 345, 60).astype(dtype)
+        names = np.arange(n_classes)
+        wide = x.astype(np.longdouble)
+        odds = np.exp(wide - wide[np.arange(60), y][:, None])
+        odds[np.arange(60), y] = 0
+        expected = (odds.sum(axis=1) ** 2 + (odds**2).sum(axis=1)) / (1 + odds.sum(axis=1)) ** 2
+        bits = {}
+        for order in "CF":
+            for i in range(60):
+                row = np.array(x[i : i + 1], order=order)
+                found = brier_score_from_logits(y[i : i + 1], row, labels=names, scale_by_half=False)
+                assert found == pytest.approx(float(expected[i]), rel=2e-6 if dtype == np.float32 else 1e-13), i
+                bits.setdefault(i, found)
+                assert found == bits[i]
+            total = brier_score_from_logits(y, np.array(x, order=order), labels=names, scale_by_half=False)
+            assert total == math.fsum(bits.values()) / 60
 
     def test_masked_classes(self):
         logits = [[0.0, 1.0, -INF], [2.0, -INF, 1.0]]
@@ -599,6 +634,47 @@ class TestPerplexity:
     def test_of_no_rows_it_is_nan(self):
         assert np.isnan(perplexity(np.zeros(0, int), np.zeros((0, 3))))
         assert np.isnan(perplexity([-100, -100], np.zeros((2, 3))))
+
+    @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int8])
+    def test_any_combination(self, dtype):
+        """The exponential of scikit-learn's log loss of the softmax of the rows that count, in any shape and layout."""
+        n_values = 0
+        for seed in range(150):
+            rng = np.random.default_rng(seed)
+            n_classes = int(rng.choice([2, 3, 8, 17, 60]))
+            shape = [(n_classes,), (9, n_classes), (4, n_classes, 3), (2, n_classes, 3, 5)][rng.integers(4)]
+            logits = (3 * rng.normal(size=shape)).astype(dtype)
+            axis = min(1, len(shape) - 1)
+            row_shape = shape[:axis] + shape[axis + 1 :]
+            y = rng.integers(0, n_classes, row_shape)
+            ignore_index = int(rng.choice([-100, -1, 0, 1, n_classes + 3]))
+            y = np.where(rng.random(row_shape) < 0.3, ignore_index, y).astype(rng.choice([np.int64, np.int16, np.int8]))
+            weights = None
+            if rng.random() < 0.6:
+                weights = rng.choice([0.0, 0.5, 1.0, 3.25], row_shape) if rng.random() < 0.5 else rng.random(row_shape)
+            found, error, _ = outcome(perplexity, y, logits, sample_weight=weights, ignore_index=ignore_index)
+            kept = (y != ignore_index).reshape(-1)
+            rows = np.moveaxis(logits.astype(np.float64), axis, -1).reshape(-1, n_classes)[kept]
+            kept_weights = None if weights is None else weights.reshape(-1)[kept]
+            if weights is not None and not weights.any():
+                assert isinstance(error, ValueError)
+            elif not kept.any():
+                assert np.isnan(found)
+            elif weights is not None and not kept_weights.any():
+                assert isinstance(error, ZeroDivisionError)
+            else:
+                expected = sklearn.metrics.log_loss(
+                    y.reshape(-1)[kept], softmax(rows), labels=range(n_classes), sample_weight=kept_weights
+                )
+                assert found == pytest.approx(
+                    np.exp(expected), rel=2e-5 if dtype in (np.float32, np.float16) else 1e-12
+                )
+                n_values += 1
+                layouts = [logits[..., ::-1][..., ::-1], np.asfortranarray(logits), logits.tolist()]
+                for other in layouts if dtype == np.float64 else layouts[:2]:
+                    same = perplexity(y.tolist(), other, sample_weight=weights, ignore_index=ignore_index)
+                    assert same == found
+        assert n_values > 100
 
     def test_overflow_is_inf(self):
         assert perplexity([0], [[0.0, 1000.0]]) == INF
@@ -833,6 +909,13 @@ class TestEncoding:
         np.testing.assert_array_equal(codes, expected_codes)
         assert codes.dtype == np.int32
 
+    @pytest.fixture(params=[None, 7], ids=["", "cut"], autouse=True)
+    def cut(self, request, monkeypatch):
+        """Long labels are encoded in pieces."""
+        if request.param:
+            for name in ("_CUT", "_CUT_OBJECTS", "_CUT_BYTES"):
+                monkeypatch.setattr(_labels, name, request.param * (60 if name == "_CUT_BYTES" else 1))
+
     @pytest.mark.parametrize("dtype", "?bBhHiIlLqQ")
     @pytest.mark.parametrize("n_expected", [0, 1, 2, 10, 100])
     def test_integers(self, rng, serial, dtype, n_expected):
@@ -845,7 +928,9 @@ class TestEncoding:
         self.check(np.array([0, 2**64 - 1, 2**63], np.uint64), 3)
         self.check(np.array([2**63 - 1, -(2**63)]), 2)
 
-    def test_in_parallel(self, rng):
+    def test_in_parallel(self, rng, monkeypatch):
+        monkeypatch.setattr(_labels, "_CUT", 150_001)
+        monkeypatch.setattr(_labels, "_CUT_OBJECTS", 99_999)
         self.check(rng.integers(0, 50, 300_000), 50)
         self.check(rng.integers(-9, 50, 300_000), 50)
         labels = np.zeros(300_000, int)
@@ -864,7 +949,32 @@ class TestEncoding:
         self.check(np.array(["x", "y"] * 10).reshape(10, 2)[::-1, 1])
 
     def test_objects(self, rng):
-        self.check(np.array([f"{'ab' * int(i)}" for i in rng.integers(0, 30, 500)], object))
+        labels = [f"{'ab' * int(i)}" for i in rng.integers(0, 30, 500)]
+        self.check(np.array(labels, object))
+        self.check(_labels.as_labels(labels, "labels"))
+
+    def test_floats_and_dates(self, rng):
+        self.check(rng.integers(-9, 9, 100).astype(np.float32))
+        self.check(np.datetime64("2020-01-01") + rng.integers(0, 9, 100).astype("m8[D]"))
+        self.check(rng.integers(0, 9, 100).astype("m8[s]"))
+
+    @pytest.mark.parametrize(("labels", "match"), [([0, 1] * 20 + [NAN], "NaN"), ([0, 1] * 20 + [0.5], "continuous")])
+    def test_the_last_label_is_wrong(self, labels, match):
+        with pytest.raises(ValueError, match=match):
+            _labels.encode(np.array(labels), "labels")
+
+    @pytest.mark.parametrize("dtype", ["M8[D]", "m8[s]"])
+    def test_missing_dates(self, dtype):
+        with pytest.raises(ValueError, match="Input labels contains NaT"):
+            _labels.encode(np.array([*range(20), "NaT"], dtype), "labels")
+
+    def test_the_last_object_is_wrong(self):
+        for odd in (3, None, ["a"]):
+            labels = np.empty(30, object)
+            labels[:] = ["a", "b"] * 15
+            labels[29] = odd
+            with pytest.raises((ValueError, TypeError), match="Unknown label type"):
+                _labels.encode(labels, "labels")
 
 
 # -------------------------------------------------------------------------------------------------------- the module

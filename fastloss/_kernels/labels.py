@@ -11,7 +11,6 @@ from fastloss._kernels._simd import load_integer
 
 # 2**64 divided by the golden ratio: Fibonacci hashing (Knuth, The Art of Computer Programming 3, section 6.4).
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_SMALLEST_TABLE_BITS = 8
 
 
 @subroutine
@@ -76,33 +75,29 @@ def _find(data, origin, stride, n_bytes, row, table, bits, first):
     return slot
 
 
-def _string_codes(n_workers, data, origin, stride, n_bytes, codes):
-    """Number the distinct strings in the order in which they appear; the row where each appears first.
+def _string_codes(n_workers, data, origin, stride, n_bytes, begin, codes, table, first, n_known, n_found):
+    """Number the distinct strings of the rows from ``begin`` on in the order in which they appear.
 
-    ``data`` is the memory as bytes, a string ``n_bytes`` of it, 4 to a character. Linear probing in a table that is
-    doubled when it is half full.
+    ``data`` is the memory as bytes, a string ``n_bytes`` of it, 4 to a character. ``first`` gets the row where each of
+    them appears first, and holds those that were found before; the first ``n_known`` of these are put into the table,
+    which is empty but for the others. Linear probing; the table is twice as long as ``first``. Returns the row reached,
+    which is that of a string for which ``first`` has no room, or the end; and how many strings there are so far.
     """
-    bits = np.int64(_SMALLEST_TABLE_BITS)
-    table = np.full(np.int64(1) << bits, -1, np.int32)
-    first = np.empty(len(table) // 2, np.int64)
-    n_found = 0
-    for i in range(len(codes)):
+    bits = np.int64(0)
+    while (np.int64(1) << bits) < len(table):
+        bits += 1
+    for code in range(n_known):
+        table[_find(data, origin, stride, n_bytes, first[code], table, bits, first)] = code
+    for i in range(begin, len(codes)):
         slot = _find(data, origin, stride, n_bytes, i, table, bits, first)
         if table[slot] < 0:
             if n_found == len(first):
-                bits += 1
-                table = np.full(np.int64(1) << bits, -1, np.int32)
-                grown = np.empty(len(table) // 2, np.int64)
-                grown[:n_found] = first
-                first = grown
-                for code in range(n_found):
-                    table[_find(data, origin, stride, n_bytes, first[code], table, bits, first)] = code
-                slot = _find(data, origin, stride, n_bytes, i, table, bits, first)
+                return i, n_found
             first[n_found] = i
             table[slot] = n_found
             n_found += 1
         codes[i] = table[slot]
-    return first[:n_found].copy()
+    return len(codes), n_found
 
 
 integer_codes = Kernel("integer_codes", _integer_codes)

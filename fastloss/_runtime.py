@@ -173,7 +173,7 @@ def run_tiles(
     n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
     n_tasks = -(-n_tiles // task)
     cut = geometry.copy()
-    begin, size = 0, max(1, FIRST_CUT * n_tasks // n_elements)
+    begin, size = 0, max(num_threads(), FIRST_CUT * n_tasks // n_elements)
     found = None
     while begin < n_tasks:
         started = time.perf_counter()

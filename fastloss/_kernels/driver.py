@@ -35,6 +35,10 @@ LEDGER_SIZE = 2 * STATE_SIZE + 32
 BLOCK = 256
 CHUNK = 8192
 
+# Classes that are searched for a maximum at a time, before they are summed relative to it: some whole blocks, of which a
+# row fits into the first-level cache and a tile of planes into the second.
+GROUP = 1024
+
 # Classes of a tile's rows that are copied into a stage at a time: with float32, a cache line of each row.
 BATCH = 16
 
@@ -44,7 +48,7 @@ BATCH = 16
 #   narrow    compute dtype: a few values per row
 #   wide      float64: a few values per row
 #   sums      compute dtype: one value per lane and row, three times
-#   stage     a copy of a block of the input's classes; other_stage, out_stage: a batch of another array's
+#   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a batch
 Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage")
 
 
@@ -52,7 +56,7 @@ Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage 
 def _make_scratch(x, y, out, geometry):
     width = tiles.scratch_width(geometry)
     n_lanes = lanes(out[0])
-    stage_classes = min(max(BATCH, geometry[tiles.N_CLASSES]), BLOCK)
+    stage_classes = min(max(BATCH, geometry[tiles.N_CLASSES]), GROUP)
     integers, doubles = np.empty(1, np.int64), np.empty(1, np.float64)
     return Scratch(
         tiles.aligned(width, np.empty(1, np.int32)),
@@ -61,7 +65,7 @@ def _make_scratch(x, y, out, geometry):
         tiles.aligned(8 * width, doubles).reshape(8, width),
         tiles.aligned(3 * n_lanes * width, out).reshape(3, n_lanes * width),
         tiles.aligned(stage_classes * width, x),
-        tiles.aligned(BATCH * width, y),
+        tiles.aligned(min(stage_classes, BLOCK) * width, y),
         tiles.aligned(BATCH * width, out),
     )
 

@@ -19,9 +19,9 @@ from fastloss._validation import Array, is_bfloat16, is_floating
 TILE = 256
 TILE_OF_FEW = 1024  # few classes: what is done once per tile shows (1,000,000 x 10 takes 1.2 times as long with 256)
 _TILE_BYTES = 1 << 17
-# Of a strided class axis: a group of classes of a tile's rows is to stay in the second-level cache too, but runs of rows
-# that are side by side in memory are to be no shorter than this (65,536 x 1000 along axis 0 takes 1.2 times as long with
-# 64).
+# Of a strided class axis: a group of classes of a tile's rows is to stay in the second-level cache too, but the runs of
+# rows side by side in memory are to be no shorter than this (65,536 x 1000 along axis 0 takes 1.2 times as long with
+# 64 rows).
 _GROUP_ELEMENTS = 1 << 16
 _FEWEST_PIXELS = 128
 # Tiles that a thread takes at a time: what it asks for ahead of its loads is then mostly its own. No fewer than some

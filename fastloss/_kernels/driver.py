@@ -35,8 +35,8 @@ LEDGER_SIZE = 2 * STATE_SIZE + 32
 BLOCK = 256
 CHUNK = 8192
 
-# Classes that are searched for a maximum at a time, before they are summed relative to it: some whole blocks, of which a
-# row fits into the first-level cache and a tile of planes into the second.
+# Classes that are searched for a maximum at a time, before they are summed relative to it: some whole blocks, of which
+# a row fits into the first-level cache and a tile of planes into the second.
 GROUP = 1024
 
 # Classes of a tile's rows that are copied into a stage at a time: with float32, a cache line of each row.
@@ -48,7 +48,8 @@ BATCH = 16
 #   narrow    compute dtype: a few values per row
 #   wide      float64: a few values per row
 #   sums      compute dtype: one value per lane and row, three times
-#   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a batch
+#   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a
+#             batch of the result's
 Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage")
 
 

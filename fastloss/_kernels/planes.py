@@ -435,7 +435,8 @@ def max_shift_tile(
 
     Passes over memory: one, which finds the maxima of a group of classes and leaves a copy of it in the second-level
     cache (where the planes themselves, a power of two apart, would share a few of its sets). The copy is summed a
-    vector of rows and a lane at a time, so that the sums stay in registers, while a short group's successor is asked for.
+    vector of rows and a lane at a time, so that the sums stay in registers, while what follows a short group is asked
+    for.
     """
     like = largest[0]
     n_lanes = lanes(like)

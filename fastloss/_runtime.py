@@ -179,7 +179,7 @@ def run_tiles(
     n_tasks = -(-n_tiles // task)
     cut = geometry.copy()
     ledger = ledger if ledger.size else new_ledger()
-    begin, size = 0, max(1, FIRST_CUT * n_tasks // n_elements)
+    begin, size = 0, max(num_threads(), FIRST_CUT * n_tasks // n_elements)
     found = None
     while begin < n_tasks:
         started = time.perf_counter()

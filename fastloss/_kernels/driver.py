@@ -38,6 +38,10 @@ LEDGER_SIZE = 2 * STATE_SIZE + 32
 BLOCK = 256
 CHUNK = 8192
 
+# Classes that are searched for a maximum at a time, before they are summed relative to it: some whole blocks, of which
+# a row fits into the first-level cache and a tile of planes into the second.
+GROUP = 1024
+
 # Classes of a tile's rows that are copied into a stage at a time: with float32, a cache line of each row.
 BATCH = 16
 
@@ -50,7 +54,8 @@ STAGED_ROWS = 64
 #   narrow    compute dtype: a few values per row
 #   wide      float64: a few values per row
 #   sums      compute dtype: one value per lane and row, three times
-#   stage     a copy of a block of the input's classes; other_stage, out_stage: a batch of another array's
+#   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a
+#             batch of the result's
 #   memory    what all of them are cut out of
 Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage memory")
 
@@ -69,11 +74,12 @@ def _make_scratch(x, y, out, geometry, light):
     width, n_classes = tiles.scratch_width(geometry), geometry[tiles.N_CLASSES]
     n_lanes = lanes(out[0])
     if n_classes <= light * n_lanes:
-        n_values, n_lane_sums, n_others = 2, 0, width
-        n_staged = max(width, BLOCK, min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING))
+        n_values, n_lane_sums, n_others, n_out = 2, 0, width, width
+        of_few = min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING)
+        n_staged = max(width, min(n_classes, GROUP) + 2 * tiles.PADDING, of_few)
     else:
-        n_values, n_lane_sums, n_others = 8, min(n_lanes, n_classes) * width, BATCH * width
-        n_staged = min(max(BATCH, n_classes), BLOCK) * width
+        n_values, n_lane_sums, n_out = 8, min(n_lanes, n_classes) * width, BATCH * width
+        n_staged, n_others = min(max(BATCH, n_classes), GROUP) * width, min(max(BATCH, n_classes), BLOCK) * width
     places = _padded(4 * width)
     wide = places + 24 * width
     narrow = wide + n_values * 8 * width
@@ -81,7 +87,7 @@ def _make_scratch(x, y, out, geometry, light):
     stage = sums + 3 * out.itemsize * n_lane_sums
     other_stage = stage + _padded(n_staged * x.itemsize)
     out_stage = other_stage + _padded(n_others * y.itemsize)
-    memory = np.empty(out_stage + n_others * out.itemsize + CACHE_LINE, np.uint8)
+    memory = np.empty(out_stage + n_out * out.itemsize + CACHE_LINE, np.uint8)
     return Scratch(
         take(memory, 0, width, np.int32(0)),
         take_rows(memory, places, 3, width, np.int64(0)),
@@ -90,7 +96,7 @@ def _make_scratch(x, y, out, geometry, light):
         take_rows(memory, sums, 3, n_lane_sums, out),
         take(memory, stage, n_staged, x),
         take(memory, other_stage, n_others, y),
-        take(memory, out_stage, n_others, out),
+        take(memory, out_stage, n_out, out),
         memory,
     )
 

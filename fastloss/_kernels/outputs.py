@@ -26,7 +26,7 @@ def _softmax(tile_sums, write_tile):
         tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
         tiles.row_offsets(geometry, tiles.SECOND, start, n, out_offsets)
         tile_sums(
-            x, geometry, start, offsets, n, None, offsets, None, like, like, is_log,
+            x, geometry, start, offsets, n, None, offsets, None, like, like, True,
             largest, rest, unused, unused, scratch,
         )  # fmt: skip
         for i in range(n):

@@ -31,13 +31,16 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference
-from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, STAGED_ROWS
+from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, GROUP, STAGED_ROWS
 from fastloss._kernels.rows import finite_shift, gather_targets, merge
 
 # How many classes ahead of the loads memory is asked for: a tile's rows of one class are a run of about a kilobyte,
 # which the CPU's own prefetcher learns too late; more classes would not fit into the sets of the first-level cache that
-# they share where planes lie a power of two apart.
-AHEAD = 4
+# they share where planes lie a power of two apart. (Of a tile of fewer rows than AHEAD_SLOTS, so many more classes.)
+AHEAD, AHEAD_SLOTS = 4, 256
+
+# Classes that are searched for a maximum between a load and a store of the maxima so far.
+SEARCHED = 4
 
 # Up to this many classes the targets' logits are selected class by class, a vector of rows at a time; beyond, they are
 # loaded one by one.
@@ -173,6 +176,11 @@ def _ask_ahead(x, at, c, distance, stride, n_classes, n_slots, n_lanes, n):
         prefetch(x, ahead + slot, 0)
 
 
+@inline
+def _classes_ahead(n_slots):
+    return AHEAD * max(1, AHEAD_SLOTS // n_slots)
+
+
 @subroutine
 def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage):
     """The classes ``low .. high`` of :func:`target_tile`: their sums, folded, are left in the first lane."""
@@ -191,7 +199,7 @@ def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shi
         first = _is_first(c, low, high, n_classes, n_lanes)
         this_class = splat(integer_like(c, like))
         if direct:
-            _ask_ahead(x, at, c, AHEAD, stride, n_classes, n_slots, n_lanes, n)
+            _ask_ahead(x, at, c, _classes_ahead(n_slots), stride, n_classes, n_slots, n_lanes, n)
         for slot in range(0, n_slots, n_lanes):
             row = row_of(slot, n, n_lanes)
             d = load(source, at + row, like) - load(shifts, row, like)
@@ -329,6 +337,97 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
             store(rest, row + i, load(total, slot + i, 0.0))
 
 
+@subroutine
+def _search_group(x, offsets, n, low, high, n_classes, stride, direct, width, stage, group_largest):
+    """Copy the classes ``low .. high`` of the tile's rows into ``stage``, and find the largest of each row (by slot),
+    but for NaN.
+    """
+    like = group_largest[0]
+    n_lanes = lanes(like)
+    n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
+    distance = _classes_ahead(n_slots)
+    for slot in range(0, n_slots, n_lanes):
+        store(group_largest, slot, splat(scalar(-np.inf, like)))
+    for first in range(low, high, SEARCHED):
+        last = min(first + SEARCHED, high)
+        if direct:
+            for c in range(first, last):
+                at = offsets[0] + c * stride
+                _ask_ahead(x, at, c, distance, stride, n_classes, n_slots, n_lanes, n)
+        elif (first - low) % BATCH == 0:
+            stage_classes(
+                x, offsets, n, stride, first, min(first + BATCH, high), width, stage[(first - low) * width :], like
+            )
+        for slot in range(0, n_slots, n_lanes):
+            row = row_of(slot, n, n_lanes)
+            largest = load(group_largest, slot, like)
+            for c in range(first, last):
+                staged = (c - low) * width + row
+                if direct:
+                    copy(stage, staged, x, offsets[0] + c * stride + row, like)
+                v = load(stage, staged, like)
+                largest = where(v > largest, v, largest)
+            store(group_largest, slot, largest)
+
+
+@inline
+def _stage_block(y, offsets, n, low, high, stride, direct, width, stage, like):
+    """Copy the classes ``low .. high`` of another array into ``stage``."""
+    n_lanes = lanes(like)
+    n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
+    if direct:
+        for c in range(low, high):
+            for slot in range(0, n_slots, n_lanes):
+                row = row_of(slot, n, n_lanes)
+                copy(stage, (c - low) * width + row, y, offsets[0] + c * stride + row, like)
+    else:
+        for c in range(low, high, BATCH):
+            stage_classes(y, offsets, n, stride, c, min(c + BATCH, high), width, stage[(c - low) * width :], like)
+
+
+@inline
+def _max_shift_term(stage, at, shift, y_stage, y_at, weight, c, keep, spread, exact, total, ties, moment, mass):
+    """Add class c of a vector of rows to the sums of its lane; see :func:`fastloss._kernels.rows._max_shift_block`."""
+    like = first_lane(shift)
+    v = load(stage, at, like)
+    tie = v == shift
+    d = v - shift
+    total = where(tie, total, total + (exp_difference(v, shift) if exact else exp(d)))
+    ties = where(tie, ties + splat(scalar(1.0, like)), ties)
+    if weight is not None:
+        m = splat(weight[c])
+        if y_stage is not None:
+            m = m * fma(load(y_stage, y_at, like), splat(keep), splat(spread))
+        moment = fma(m, -d, moment)
+        mass = mass + m
+    return total, ties, moment, mass
+
+
+@inline
+def _max_shift_lane(
+    stage, row, width, shift, y_stage, weight, keep, spread, exact, lane, group, low, high, n_classes, ties
+):
+    """The sums of a lane of the block ``low .. high`` for a vector of rows; see :func:`_lane_of`."""
+    like = first_lane(shift)
+    n_lanes = lanes(like)
+    zero = splat(scalar(0.0, like))
+    total, moment, mass = zero, zero, zero
+    is_short = n_classes < n_lanes
+    end = low + (high - low) // n_lanes * n_lanes
+    for c in range(low + lane, high if is_short else end, n_lanes):
+        total, ties, moment, mass = _max_shift_term(
+            stage, (c - group) * width + row, shift, y_stage, (c - low) * width + row, weight, c, keep, spread, exact,
+            total, ties, moment, mass,
+        )  # fmt: skip
+    c = high - n_lanes + lane
+    if c >= end and not is_short:
+        total, ties, moment, mass = _max_shift_term(
+            stage, (c - group) * width + row, shift, y_stage, (c - low) * width + row, weight, c, keep, spread, exact,
+            total, ties, moment, mass,
+        )  # fmt: skip
+    return total, ties, moment, mass
+
+
 @inline
 def max_shift_tile(
     x,
@@ -349,10 +448,12 @@ def max_shift_tile(
     scratch,
 ):
     """Of each row, the maximum, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass; see
-    :func:`fastloss._kernels.rows.max_shift_chunk`.
+    :func:`fastloss._kernels.rows.max_shift_row`.
 
-    Passes over memory: one, which finds a block's maximum and leaves a copy of the block in the second-level cache
-    (where the planes themselves, a power of two apart, would share a few of its sets).
+    Passes over memory: one, which finds the maxima of a group of classes and leaves a copy of it in the second-level
+    cache (where the planes themselves, a power of two apart, would share a few of its sets). The copy is summed a
+    vector of rows and a lane at a time, so that the sums stay in registers, while what follows a short group is asked
+    for.
     """
     like = largest[0]
     n_lanes = lanes(like)
@@ -360,7 +461,7 @@ def max_shift_tile(
     width = tiles.scratch_width(geometry)
     stage, y_stage = scratch.stage, scratch.other_stage
     sums, moments, masses = scratch.sums[0], scratch.sums[1], scratch.sums[2]
-    ties, block_largest, chunk_largest, factor = (
+    ties, group_largest, chunk_largest, factor = (
         scratch.narrow[4],
         scratch.narrow[5],
         scratch.narrow[6],
@@ -376,8 +477,9 @@ def max_shift_tile(
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
     y_direct = is_direct(geometry, tiles.TARGET, start, n, n_lanes) if y is not None else direct
-    zero, one = splat(scalar(0.0, like)), splat(scalar(1.0, like))
+    zero = splat(scalar(0.0, like))
     lowest = splat(scalar(-np.inf, like))
+    asked_per_lane = max(1, (BLOCK // n_lanes) * n_lanes // n_slots)
     for i in range(n):
         largest[i] = -np.inf
         rest[i] = 0.0
@@ -390,77 +492,63 @@ def max_shift_tile(
             chunk_ties[slot] = 0.0
             chunk_moment[slot] = 0.0
             chunk_mass[slot] = 0.0
-        for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
-            high = min(low + BLOCK, n_classes)
+        chunk_end = min(chunk + CHUNK, n_classes)
+        for group in range(chunk, chunk_end, GROUP):
+            group_end = min(group + GROUP, chunk_end)
+            _search_group(x, offsets, n, group, group_end, n_classes, stride, direct, width, stage, group_largest)
             for slot in range(0, n_slots, n_lanes):
-                store(block_largest, slot, lowest)
                 store(ties, slot, zero)
-            for c in range(low, high):
-                staged = (c - low) * width
-                if direct:
-                    at = offsets[0] + c * stride
-                    _ask_ahead(x, at, c, AHEAD, stride, n_classes, n_slots, n_lanes, n)
-                    for slot in range(0, n_slots, n_lanes):
-                        row = row_of(slot, n, n_lanes)
-                        copy(stage, staged + row, x, at + row, like)
-                elif (c - low) % BATCH == 0:
-                    stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stage[staged:], like)
-                for slot in range(0, n_slots, n_lanes):
-                    v = load(stage, staged + row_of(slot, n, n_lanes), like)
-                    m = load(block_largest, slot, like)
-                    store(block_largest, slot, where(v > m, v, m))
-            for slot in range(0, n_slots, n_lanes):
-                store(factor, slot, exp(load(chunk_largest, slot, like) - load(block_largest, slot, like)))
+                store(factor, slot, exp_difference(load(chunk_largest, slot, like), load(group_largest, slot, like)))
             for slot in range(n_slots):
-                if block_largest[slot] > chunk_largest[slot]:
+                if group_largest[slot] > chunk_largest[slot]:
                     chunk_rest[slot] = (chunk_rest[slot] + chunk_ties[slot]) * np.float64(factor[slot])
                     chunk_ties[slot] = 0.0
-                    grown = block_largest[slot] - finite_shift(chunk_largest[slot])
+                    grown = group_largest[slot] - finite_shift(chunk_largest[slot])
                     chunk_moment[slot] += np.float64(grown) * chunk_mass[slot]
-                    chunk_largest[slot] = block_largest[slot]
+                    chunk_largest[slot] = group_largest[slot]
             for slot in range(0, n_slots, n_lanes):
                 shift = load(chunk_largest, slot, like)
                 store(factor, slot, where(shift > lowest, shift, zero))
-            if high - low < n_lanes <= n_classes:
-                _clear(sums, n_lanes, width, like)
-                _clear(moments, n_lanes, width, like)
-                _clear(masses, n_lanes, width, like)
-            for c in range(low, high):
-                staged, y_staged = (c - low) * width, (c - low) % BATCH * width
-                if y is not None:  # noqa: SIM102 - Numba drops this branch at compile time only as it stands
-                    if not y_direct and y_staged == 0:
-                        stage_classes(y, y_offsets, n, y_stride, c, min(c + BATCH, high), width, y_stage, like)
-                lane = _lane_of(c, low, high, n_classes, n_lanes) * width
-                first = _is_first(c, low, high, n_classes, n_lanes)
-                if direct:
-                    _ask_ahead(x, offsets[0] + c * stride, c, high - low, stride, n_classes, n_slots, n_lanes, n)
+            asked = group if group_end - group <= BLOCK else group_end  # (more would not stay in the cache)
+            for low in range(group, group_end, BLOCK):
+                high = min(low + BLOCK, group_end)
+                if y is not None:
+                    _stage_block(y, y_offsets, n, low, high, y_stride, y_direct, width, y_stage, like)
                 for slot in range(0, n_slots, n_lanes):
                     row = row_of(slot, n, n_lanes)
-                    v = load(stage, staged + row, like)
-                    shift = load(factor, slot, like)
-                    tie = v == shift
-                    d = v - shift
-                    e = where(tie, zero, exp_difference(v, shift) if exact else exp(d))
-                    store(sums, lane + slot, e if first else load(sums, lane + slot, like) + e)
-                    store(ties, slot, load(ties, slot, like) + where(tie, one, zero))
+                    shift, slot_ties = load(factor, slot, like), load(ties, slot, like)
+                    for lane in range(min(n_lanes, n_classes)):
+                        if direct:
+                            until = min(asked + asked_per_lane, group_end)
+                            for c in range(asked, until):
+                                _ask_ahead(
+                                    x, offsets[0] + c * stride, c, group_end - group, stride, n_classes, n_slots,
+                                    n_lanes, n,
+                                )  # fmt: skip
+                            asked = until
+                        if y is None:
+                            s, slot_ties, a, m = _max_shift_lane(
+                                stage, row, width, shift, None, weight, keep, spread, exact, lane, group, low, high,
+                                n_classes, slot_ties,
+                            )  # fmt: skip
+                        else:
+                            s, slot_ties, a, m = _max_shift_lane(
+                                stage, row, width, shift, y_stage, weight, keep, spread, exact, lane, group, low, high,
+                                n_classes, slot_ties,
+                            )  # fmt: skip
+                        store(sums, lane * n_lanes, s)
+                        if weight is not None:
+                            store(moments, lane * n_lanes, a)
+                            store(masses, lane * n_lanes, m)
+                    store(ties, slot, slot_ties)
+                    _fold(sums, n_classes, n_lanes, n_lanes, like)
+                    _add_block(chunk_rest[slot:], sums, n_lanes)
                     if weight is not None:
-                        m = splat(weight[c])
-                        if y is not None:
-                            y_source = y if y_direct else y_stage
-                            y_at = y_offsets[0] + c * y_stride if y_direct else y_staged
-                            m = m * fma(load(y_source, y_at + row, like), splat(keep), splat(spread))
-                        before = zero if first else load(moments, lane + slot, like)
-                        store(moments, lane + slot, fma(m, -d, before))
-                        before = zero if first else load(masses, lane + slot, like)
-                        store(masses, lane + slot, before + m)
-            _fold(sums, n_classes, n_slots, width, like)
-            _add_block(chunk_rest, sums, n_slots)
+                        _fold(moments, n_classes, n_lanes, n_lanes, like)
+                        _add_block(chunk_moment[slot:], moments, n_lanes)
+                        _fold(masses, n_classes, n_lanes, n_lanes, like)
+                        _add_block(chunk_mass[slot:], masses, n_lanes)
             _add_block(chunk_ties, ties, n_slots)
-            if weight is not None:
-                _fold(moments, n_classes, n_slots, width, like)
-                _add_block(chunk_moment, moments, n_slots)
-                _fold(masses, n_classes, n_slots, width, like)
-                _add_block(chunk_mass, masses, n_slots)
         for slot in range(0, n_slots, n_lanes):
             row = row_of(slot, n, n_lanes)
             for i in range(max(0, slot - row), n_lanes):

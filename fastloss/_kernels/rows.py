@@ -32,7 +32,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference
-from fastloss._kernels.driver import BLOCK, CHUNK
+from fastloss._kernels.driver import BLOCK, CHUNK, GROUP
 
 # How far ahead of the loads memory is asked for, in bytes. The CPU's own prefetcher starts anew with every page of 4
 # KiB; without this, 65,536 x 1000 takes 1.3 times as long (2 KiB and 8 KiB ahead: within 4 % of this).
@@ -112,22 +112,34 @@ def target_row(x, offset, stride, n_classes, target, shift, stage):
 
 
 @inline
-def _max_block(x, origin, low, high, n_classes, like):
-    """The largest of the classes ``low .. high``; NaN is passed over (the sum finds it)."""
+def _larger(v, largest):
+    """The larger one, lane by lane; NaN is passed over (the sum finds it)."""
+    return where(v > largest, v, largest)
+
+
+@inline
+def _max_group(x, origin, low, high, n_classes, like):
+    """The largest of the classes ``low .. high``, but for NaN: in four vectors, for the loads not to wait for it."""
     n_lanes = lanes(like)
     lowest = splat(scalar(-np.inf, like))
-    largest = lowest
+    a, b, c, d = lowest, lowest, lowest, lowest
+    whole = low + (high - low) // (4 * n_lanes) * (4 * n_lanes)
+    at = low - origin
+    for _ in range(low, whole, 4 * n_lanes):
+        a = _larger(load(x, at, like), a)
+        b = _larger(load(x, at + n_lanes, like), b)
+        c = _larger(load(x, at + 2 * n_lanes, like), c)
+        d = _larger(load(x, at + 3 * n_lanes, like), d)
+        at += 4 * n_lanes
     end = low + (high - low) // n_lanes * n_lanes
-    for c in range(low, end, n_lanes):
-        prefetch(x, c - origin, AHEAD)
-        v = load(x, c - origin, like)
-        largest = where(v > largest, v, largest)
+    for _ in range(whole, end, n_lanes):
+        a = _larger(load(x, at, like), a)
+        at += n_lanes
     if end < high:
         begin, _, last = tail(low, high, n_classes, n_lanes)
         v = load(x, begin - origin, like)
-        v = where(iota(like) < splat(integer_like(last, like)), v, lowest)
-        largest = where(v > largest, v, largest)
-    return tree_max(largest)
+        b = _larger(where(iota(like) < splat(integer_like(last, like)), v, lowest), b)
+    return tree_max(_larger(_larger(a, b), _larger(c, d)))
 
 
 @inline
@@ -139,21 +151,28 @@ def class_mass(y, index, weight, c, keep, spread, like):
 
 
 @inline
-def _max_shift_block(x, origin, low, high, n_classes, shift, y, y_origin, weight, keep, spread, exact, like):
-    """Of the classes ``low .. high``: the sum of exp(x - shift) where x != shift, how many x == shift, and of the mass
-    m = weight * (y * keep + spread) the sum of m * (shift - x) and of m (not without ``weight``). ``exact`` counts the
-    rounding of x - shift.
+def _max_shift_block(
+    x, origin, ahead, low, high, n_classes, shift, y, y_origin, weight, keep, spread, exact, ties, ahead_largest
+):
+    """Of the classes ``low .. high``: the sum of exp(x - shift) where x != shift, and of the mass
+    m = weight * (y * keep + spread) the sum of m * (shift - x) and of m (not without ``weight``). Adds to ``ties``,
+    lane by lane, how many x == shift, and takes into ``ahead_largest`` the elements ``ahead`` places behind. ``exact``
+    counts the rounding of x - shift.
     """
+    like = shift
     n_lanes = lanes(like)
     zero, one, shifts = splat(scalar(0.0, like)), splat(scalar(1.0, like)), splat(shift)
-    total, ties, moment, mass = zero, zero, zero, zero
+    total, moment, mass = zero, zero, zero
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low, end, n_lanes):
-        v = load(x, c - origin, like)
+        at = c - origin
+        prefetch(x, at + ahead, AHEAD)
+        v = load(x, at, like)
+        ahead_largest = _larger(load(x, at + ahead, like), ahead_largest)
         tie = v == shifts
         d = v - shifts
-        total = total + where(tie, zero, exp_difference(v, shifts) if exact else exp(d))
-        ties = ties + where(tie, one, zero)
+        total = where(tie, total, total + (exp_difference(v, shifts) if exact else exp(d)))
+        ties = where(tie, ties + one, ties)
         if weight is not None:
             m = class_mass(y, c - y_origin, weight, c, keep, spread, like)
             moment = fma(m, -d, moment)
@@ -162,7 +181,9 @@ def _max_shift_block(x, origin, low, high, n_classes, shift, y, y_origin, weight
         begin, first, last = tail(low, high, n_classes, n_lanes)
         lane = iota(like)
         valid = (lane >= splat(integer_like(first, like))) & (lane < splat(integer_like(last, like)))
-        v = load(x, begin - origin, like)
+        at = begin - origin
+        v = load(x, at, like)
+        ahead_largest = _larger(load(x, at + ahead, like), ahead_largest)
         tie = v == shifts
         d = v - shifts
         e = exp_difference(v, shifts) if exact else exp(d)
@@ -172,7 +193,7 @@ def _max_shift_block(x, origin, low, high, n_classes, shift, y, y_origin, weight
             m = class_mass(y, begin - y_origin, weight, begin, keep, spread, like)
             moment = where(valid, fma(m, -d, moment), moment)
             mass = mass + where(valid, m, zero)
-    return tree_sum(total), tree_sum(ties), tree_sum(moment), tree_sum(mass)
+    return tree_sum(total), tree_sum(moment), tree_sum(mass), ties, ahead_largest
 
 
 @inline
@@ -184,7 +205,7 @@ def finite_shift(largest):
 @inline
 def scale_factor(old, new):
     """exp(old - new) of two maxima, old <= new, as float64."""
-    return np.float64(first_lane(exp(splat(old - new))))
+    return np.float64(first_lane(exp_difference(splat(old), splat(new))))
 
 
 @subroutine
@@ -205,54 +226,84 @@ def merge(largest, rest, moment, mass, other_largest, other_rest, other_moment, 
 
 
 @inline
-def max_shift_chunk(
-    x, offset, stride, low, high, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, like, stages
+def _max_shift_row(
+    x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, known, to_next, stages
 ):
-    """The maximum of a chunk, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass.
-
-    Method: one pass over memory. Each block is searched for a new maximum and then, from the first-level cache, summed
-    with the largest value so far as the shift; where the maximum grew, what was summed before is scaled down.
+    """:func:`max_shift_row`, given the maximum of the first group, ``known`` (or NaN). Where the row is one group and
+    ``to_next`` is not 0, also the maximum of the row that lies ``to_next`` behind it (else NaN).
     """
+    like = known
     n_lanes = lanes(like)
-    largest = scalar(-np.inf, like)
-    rest, ties, moment, mass = 0.0, 0.0, 0.0, 0.0
-    for block in range(low, high, BLOCK):
-        end = min(block + BLOCK, high)
-        source, origin = _block_of(x, offset, stride, block, end, n_classes, n_lanes, stages[0])
-        block_largest = _max_block(source, origin, block, end, n_classes, like)
-        if block_largest > largest:
-            rest = (rest + ties) * scale_factor(largest, block_largest)
-            ties = 0.0
-            moment += np.float64(block_largest - finite_shift(largest)) * mass
-            largest = block_largest
-        shift = finite_shift(largest)
-        if y is None:
-            s, t, a, m = _max_shift_block(
-                source, origin, block, end, n_classes, shift, None, origin, weight, keep, spread, exact, like
-            )
+    in_place = stride == 1 and n_classes >= n_lanes
+    largest, rest, moment, mass = scalar(-np.inf, like), 0.0, 0.0, 0.0
+    for low in range(0, n_classes, CHUNK):
+        high = min(low + CHUNK, n_classes)
+        chunk_largest = scalar(-np.inf, like)
+        chunk_rest, chunk_ties, chunk_moment, chunk_mass = 0.0, 0.0, 0.0, 0.0
+        for group in range(low, high, GROUP):
+            group_end = min(group + GROUP, high)
+            source, origin = _block_of(x, offset, stride, group, group_end, n_classes, n_lanes, stages[0])
+            group_largest = known if known == known else _max_group(source, origin, group, group_end, n_classes, like)
+            if group_largest > chunk_largest:
+                if chunk_largest > -np.inf:
+                    chunk_rest = (chunk_rest + chunk_ties) * scale_factor(chunk_largest, group_largest)
+                    chunk_ties = 0.0
+                chunk_moment += np.float64(group_largest - finite_shift(chunk_largest)) * chunk_mass
+                chunk_largest = group_largest
+            shift = finite_shift(chunk_largest)
+            ahead = np.int64(0)
+            if in_place and n_classes <= GROUP:
+                ahead = to_next
+            elif in_place and group + 2 * GROUP <= n_classes:
+                ahead = np.int64(GROUP)
+            ties, ahead_largest = splat(scalar(0.0, like)), splat(scalar(-np.inf, like))
+            for block in range(group, group_end, BLOCK):
+                end = min(block + BLOCK, high)
+                if y is None:
+                    s, a, m, ties, ahead_largest = _max_shift_block(
+                        source, origin, ahead, block, end, n_classes, shift, None, origin, weight, keep, spread, exact,
+                        ties, ahead_largest,
+                    )  # fmt: skip
+                else:
+                    y_source, y_origin = _block_of(y, y_offset, y_stride, block, end, n_classes, n_lanes, stages[1])
+                    s, a, m, ties, ahead_largest = _max_shift_block(
+                        source, origin, ahead, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread,
+                        exact,
+                        ties, ahead_largest,
+                    )  # fmt: skip
+                chunk_rest += np.float64(s)
+                chunk_moment += np.float64(a)
+                chunk_mass += np.float64(m)
+            chunk_ties += np.float64(tree_sum(ties))
+            known = tree_max(ahead_largest) if ahead != 0 else scalar(np.nan, like)
+        if chunk_largest > -np.inf:
+            chunk_rest += chunk_ties - 1.0
+        if low == 0:
+            largest, rest, moment, mass = chunk_largest, chunk_rest, chunk_moment, chunk_mass
         else:
-            y_source, y_origin = _block_of(y, y_offset, y_stride, block, end, n_classes, n_lanes, stages[1])
-            s, t, a, m = _max_shift_block(
-                source, origin, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread, exact, like
+            largest, rest, moment, mass = merge(
+                largest, rest, moment, mass, chunk_largest, chunk_rest, chunk_moment, chunk_mass
             )
-        rest += np.float64(s)
-        ties += np.float64(t)
-        moment += np.float64(a)
-        mass += np.float64(m)
-    return largest, rest + (ties - 1.0 if largest > -np.inf else 0.0), moment, mass
+    return largest, rest, moment, mass, known
 
 
 @subroutine
 def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, like, stages):
-    """:func:`max_shift_chunk` of a whole row: chunk by chunk, joined from the first on."""
-    largest, rest, moment, mass = scalar(-np.inf, like), 0.0, 0.0, 0.0
-    for low in range(0, n_classes, CHUNK):
-        high = min(low + CHUNK, n_classes)
-        piece = max_shift_chunk(
-            x, offset, stride, low, high, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, like, stages
-        )
-        largest, rest, moment, mass = merge(largest, rest, moment, mass, piece[0], piece[1], piece[2], piece[3])
-    return largest, rest, moment, mass
+    """The maximum of a row, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass.
+
+    Method: one pass over memory. Each group of blocks is searched for a new maximum and then, from the first-level
+    cache, summed with the largest value so far of its chunk as the shift; where that grew, what was summed before is
+    scaled down. The chunks are joined from the first on.
+
+    A group is searched while the one before is summed, which costs little: the sums keep the units that multiply busy,
+    the search those that add. Without it, the sums would wait for the search of each row: log-sum-exp of 65,536 x 1000
+    takes 1.13 times as long, label smoothing 1.18 times.
+    """
+    nan = scalar(np.nan, like)
+    found = _max_shift_row(
+        x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, nan, np.int64(0), stages
+    )
+    return found[0], found[1], found[2], found[3]
 
 
 # ------------------------------------------------------------------------------------------------------- tiles
@@ -304,10 +355,13 @@ def max_shift_tile(
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
     stages = (scratch.stage, scratch.other_stage)
+    known = scalar(np.nan, largest[0])
     for i in range(n):
-        largest[i], rest[i], moment[i], mass[i] = max_shift_row(
-            x, offsets[i], stride, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, exact, largest[0], stages
-        )
+        to_next = offsets[i + 1] - offsets[i] if i + 1 < n else np.int64(0)
+        largest[i], rest[i], moment[i], mass[i], known = _max_shift_row(
+            x, offsets[i], stride, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, exact, known, to_next,
+            stages,
+        )  # fmt: skip
 
 
 @inline

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fastloss
 from fastloss import _views
 
 DTYPES = ["f2", "f4", "f8", "i1", "i8", "u8", "?", ">f4", ">f8", ">f2"]
@@ -177,3 +178,47 @@ class TestFlatten:
             3, np.dtype({"names": ["a", "b"], "formats": ["f8", "f4"], "offsets": [0, 8], "itemsize": 12})
         )
         assert not _views.lies_well(padded["a"])
+
+
+class TestRepeatedSmallCalls:
+    """What a call of the same shapes, dtypes and options has left behind serves those alone that it fits."""
+
+    @pytest.fixture
+    def logits(self, rng):
+        return rng.normal(size=(32, 10)).astype(np.float32)
+
+    def expected(self, x, t):
+        x = x.astype(np.float64)
+        return (np.log(np.exp(x).sum(1)) - x[np.arange(len(x)), t]).mean()
+
+    def test_layouts_of_one_shape_in_any_order(self, logits):
+        t = np.arange(32) % 10
+        buffer = np.zeros(logits.nbytes + 1, np.uint8)
+        unaligned = buffer[1:].view(np.float32).reshape(logits.shape)
+        unaligned[...] = logits
+        read_only = logits.copy()
+        read_only.flags.writeable = False
+        layouts = [logits, np.asfortranarray(logits), unaligned, np.repeat(logits, 2, 1)[:, ::2], read_only]
+        for x in [*layouts, *layouts[::-1], *layouts]:
+            np.testing.assert_allclose(fastloss.cross_entropy(x, t), self.expected(logits, t), rtol=2e-6)
+            np.testing.assert_allclose(fastloss.logsumexp(x, 1), np.log(np.exp(logits).sum(1)), rtol=2e-6)
+            np.testing.assert_allclose(fastloss.softmax(x).sum(1), np.ones(32), rtol=2e-6)
+
+    @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+    def test_a_target_out_of_range_after_good_ones(self, logits, reduction):
+        good, bad = np.arange(32) % 10, np.arange(32) % 10
+        bad[3] = 10
+        for loss in (fastloss.cross_entropy, fastloss.nll_loss):
+            for _ in range(2):
+                loss(logits, good, reduction=reduction)
+                with pytest.raises(IndexError, match="got 10 at 3"):
+                    loss(logits, bad, reduction=reduction)
+
+    def test_all_ignored_after_none(self, logits):
+        for target, is_nan in ((np.zeros(32, int), False), (np.full(32, -100), True)) * 2:
+            assert np.isnan(fastloss.cross_entropy(logits, target)) == is_nan
+
+    def test_an_equal_option_of_another_type_is_refused(self, logits):
+        fastloss.cross_entropy(logits, np.zeros(32, int), ignore_index=1)
+        with pytest.raises(TypeError, match="ignore_index"):
+            fastloss.cross_entropy(logits, np.zeros(32, int), ignore_index=1.0)

@@ -85,11 +85,18 @@ def _add_float(state, value):
 @subroutine
 def _carry(state):
     """Bring every digit but the last into [0, 2**32); the last keeps the sign."""
-    carry = _ZERO
-    for limb in range(N_LIMBS - 1):
+    first, top = 0, N_LIMBS - 1
+    while first < top and state[first] == 0:
+        first += 1
+    while top > first and state[top - 1] == 0:
+        top -= 1
+    # All digits from the top on, but for the last, are 0: without a carry they stay so.
+    carry, limb = _ZERO, first
+    while limb < top or (carry != 0 and limb < N_LIMBS - 1):
         digit = state[limb] + carry
         state[limb] = digit & _MASK32
         carry = digit >> 32
+        limb += 1
     state[N_LIMBS - 1] += carry
 
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def assert_close(got, expected, dtype, log_target, x, y):
     """dtype, shape, kind, values.
 
     With log_target: a difference, an exponential and a product, under 2 + 1 ulp. Without: a difference of logarithms
-    that keeps its rounding errors, or is taken in float64 where the terms cancel, a product and one rounding.
+    whose large parts cancel without rounding, or is taken in float64 where little is left, a product and one rounding.
     """
     expected = np.asarray(expected)
     assert got.dtype == dtype
@@ -60,7 +61,7 @@ class TestValues:
         got = kl(frozen(x), frozen(y), reduction, log_target)
         assert_close(got, references.kl_div(x, y, reduction, log_target), dtype, log_target, x, y)
 
-    @pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025])
+    @pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025, 2047, 2048, 2049, 2064, 4103])
     def test_sizes_around_the_vectors_and_tiles(self, rng, frozen, dtype, log_target, size):
         x, y = make_problem(rng, (size,), (size,), dtype, log_target)
         got = kl(frozen(x), frozen(y), "none", log_target)
@@ -187,6 +188,86 @@ class TestSpecialValues:
         y[13] = -1
         assert np.isnan(kl(x, y, "sum"))
         assert np.isnan(kl(x, y)).sum() == 1
+
+
+def tiles_of(rng, dtype, log_target, scales):
+    """x and y whose divergences are of the given magnitudes, 2048 of each, a tile."""
+    x, y = [], []
+    for scale in map(float, scales):
+        goal = rng.uniform(0.5, 1, 2048)
+        if log_target:
+            x.append(np.log(goal) + rng.choice([-1, 1], 2048) * scale * rng.random(2048))
+            y.append(np.log(goal))
+        else:
+            x.append(np.log(goal) - rng.uniform(1, 2, 2048) * max(scale, 1.0))
+            y.append(goal * min(scale, 1.0))
+    return np.concatenate(x).astype(dtype), np.concatenate(y).astype(dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+class TestExactSums:
+    """The sum is that of the values that 'none' gives, whatever a tile tells about the next."""
+
+    def check(self, x, y, log_target):
+        values = kl(x, y, "none", log_target)
+        exact = sum((Fraction(v) for v in values.tolist()), Fraction(0))
+        assert kl(x, y, "sum", log_target) == values.dtype.type(float(exact))
+        return values
+
+    @pytest.mark.parametrize(
+        "scales",
+        [
+            (1, 1, 1), (1, 2**-20, 1), (1, 2**-30, 2**-30, 2**-30), (2**-30, 1, 2**-10), (1, 2**20, 2**20, 1),
+            (1, 0, 0, 1), (0, 1), (1, 2**-110, 1, 2**-110, 2**-110), (2**100, 2**-100, 2**100, 1),
+            tuple(2.0**-k for k in range(0, 100, 12)),
+        ],
+        ids=str,
+    )  # fmt: skip
+    def test_tiles_of_other_magnitudes(self, rng, dtype, log_target, scales):
+        x, y = tiles_of(rng, dtype, log_target, scales)
+        self.check(x, y, log_target)
+        self.check(x[:-5], y[:-5], log_target)
+
+    def test_magnitudes_mixed_in_every_tile(self, rng, dtype, log_target):
+        """Over more binades than grids reach."""
+        x, y = tiles_of(rng, dtype, log_target, [2.0**-k for k in range(0, 110, 10)])
+        order = rng.permutation(x.size)
+        self.check(x[order], y[order], log_target)
+
+    def test_a_tile_of_equal_distributions(self, rng, dtype, log_target):
+        """All its differences cancel: in float32 they are all taken in float64."""
+        y = rng.uniform(0.1, 1, 5000)
+        y = (np.log(y) if log_target else y).astype(dtype)
+        x = y.copy() if log_target else np.log(y.astype(float)).astype(dtype)
+        x[:2048] -= 1
+        assert not self.check(x, y, log_target)[2048:].any() or not log_target
+
+    def test_targets_of_zero_and_subnormal_targets(self, rng, dtype, log_target):
+        if log_target:
+            y = np.where(rng.random(5000) < 0.5, -rng.uniform(80, 800, 5000), -1).astype(dtype)
+        else:
+            tiny = np.finfo(dtype).smallest_subnormal
+            y = np.where(rng.random(5000) < 0.5, rng.integers(0, 3, 5000) * tiny, 0.25).astype(dtype)
+        self.check(-rng.uniform(0, 9, 5000).astype(dtype), y, log_target)
+
+    @pytest.mark.parametrize("special", [INF, -INF, NAN])
+    @pytest.mark.parametrize("place", [0, 2047, 2048, 4098])
+    def test_one_value_that_is_no_number(self, rng, dtype, log_target, special, place):
+        x, y = tiles_of(rng, dtype, log_target, (1, 1, 1))
+        x, y = x[:4099], y[:4099]
+        x[place] = special
+        np.testing.assert_equal(kl(x, y, "sum", log_target), dtype(-special))
+        x[place] = -INF
+        x[1] = INF
+        np.testing.assert_equal(kl(x, y, "sum", log_target), dtype(NAN))
+
+    def test_huge_values_that_cancel(self, rng, dtype, log_target):
+        x, y = tiles_of(rng, dtype, log_target, (1, 1))
+        big = 2.0**120 if dtype is np.float32 else 2.0**1000
+        x[5], x[3000] = big, -big
+        y[5] = y[3000] = 0.0 if log_target else 1.0
+        self.check(x, y, log_target)
 
 
 class TestReductions:

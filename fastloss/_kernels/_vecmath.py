@@ -164,7 +164,7 @@ def _make_log_difference(coefficients):
     times as long. But where x is close, nothing is rounded before f**2 * p(f), below 1/13, is added: the high part
     of k * ln(2), f and x are multiples of 2**-15, 2**-24 and of x's last place, and their sums no larger than x.
 
-    Accuracy: within 2**-22.4 of the result plus 1.2e-8 (tests/test_vecmath.py), where rounding log(y) costs 2.4e-7 at
+    Accuracy: within 2**-21.7 of the result plus 1.2e-8 (tests/test_vecmath.py), where rounding log(y) costs 2.4e-7 at
     y = 0.01.
     """
     ln2_high = np.float32(float.fromhex("0x1.62e4p-1"))  # 15 bits: exact times any exponent

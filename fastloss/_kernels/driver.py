@@ -9,9 +9,9 @@ where every array is flat memory, ``out`` has the compute dtype, and what a kern
 returns the two sums so far, rounded, and how many rows were kept and how many targets out of range, so far. It never
 raises, and never allocates per row.
 
-A *ledger* is a row of int64: two exact sums (see :mod:`fastloss._kernels.sums`), what was counted, and in the first
-one the number of the next task. The first worker's is the caller's, who may keep it from call to call; the others are
-added to it.
+A *ledger* is a row of int64: two exact sums (see :mod:`fastloss._kernels.sums`), what was counted, an exponent that the
+next tile's values are guessed to have, and in the first one the number of the next task. The first worker's is the
+caller's, who may keep it from call to call; the others are added to it.
 """
 
 from collections import namedtuple
@@ -24,7 +24,7 @@ from fastloss._kernels._jit import Kernel, allocating, subroutine
 from fastloss._kernels._simd import lanes, next_task
 from fastloss._kernels.sums import STATE_SIZE, add_state, rounded
 
-# Where in a ledger the second sum lies, and the counts; the shared counter has a cache line of its own.
+# Where in a ledger the second sum lies, the counts and the guess; the shared counter has a cache line of its own.
 SECOND_SUM = STATE_SIZE
 KEPT, BAD = 2 * STATE_SIZE, 2 * STATE_SIZE + 1
 GUESS = 2 * STATE_SIZE + 2

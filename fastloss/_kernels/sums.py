@@ -9,7 +9,10 @@ and -inf were added. This is the long accumulator of Kulisch (Computer Arithmeti
 negative or exceed 2**32 for a while (an int64 has room for 2**30 additions) until :func:`_carry`.
 
 Adding one number to the accumulator takes some 5 ns; a block of them costs under 1 ns each by the pre-rounding method
-of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64, 2015), see :func:`add_block`.
+of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64, 2015), see :func:`add_block`. A kernel
+that makes a value per element adds them as they are made, in registers, by :func:`grids`, :func:`no_sums`,
+:func:`add_vector` and :func:`add_sums`, with an exponent guessed from the block before: any that fits gives the same
+sum, because the sum is exact, and whether it fits is seen at the end.
 """
 
 import math
@@ -41,12 +44,15 @@ STATE_SIZE = N_LIMBS + 3
 
 # The longest block of add_block: 2**50 * 4096 fits into an int64.
 MAX_BLOCK = 4096
+# The same where the exponent is guessed: values up to 2**51 units of the grid are taken for fitting.
+MAX_GUESSED = 2048
 
 # The exponents that the grids of float32 and of float64 take: the constant of the coarsest must be finite, that of the
 # finest, some 2**67 and 2**100 below, a normal number.
 LOWEST_NARROW, HIGHEST_NARROW = -81, 125
 LOWEST_WIDE, HIGHEST_WIDE = -799, 959
-# How far the guess for the next block lies above the largest exponent of the last.
+# How far the guess for the next block lies above the largest exponent of this one: its largest value may be 16 times
+# this one's, and 40 binades (43 of float64) are left for the smallest.
 MARGIN = 4
 NO_GUESS = 1 << 20
 
@@ -225,7 +231,7 @@ def _add_sums64(state, sums, exponent, n_vectors, may_have_moved):
 
 
 def grids(exponent, like):
-    """The constants of the grids for values below 2**(exponent + 1), with ``LOWEST <= exponent <= HIGHEST``."""
+    """The constants of the grids for values of ``like``'s type below 2**(exponent + 1); see :func:`add_block`."""
     return _grids32(exponent) if isinstance(like, np.float32) else _grids64(exponent)
 
 
@@ -262,7 +268,8 @@ def _(sums, grids, v):
 
 def add_sums(state, sums, exponent, n_vectors, like, is_guess):
     """Add the sums of ``n_vectors`` vectors on ``grids(exponent, like)``; whether that was exact (else nothing is
-    added). Where the exponent ``is_guess``, whether the values are below 2**(exponent + 1) at all is looked at, too.
+    added). Where the exponent ``is_guess``, the values may be anything, but no more than :data:`MAX_GUESSED` of them
+    may differ from 0.
     """
     add = _add_sums32 if isinstance(like, np.float32) else _add_sums64
     return add(state, sums, exponent, n_vectors, is_guess)
@@ -320,13 +327,15 @@ def _(state, values, n):
 
 @subroutine
 def add_block(state, values, n):
-    """Add ``values[:n]`` exactly; ``values`` is scratch with room for one vector more, which is overwritten. Returns a
-    guess for :func:`grids`: an exponent that will probably do for a block like this one, or :data:`NO_GUESS`.
+    """Add ``values[:n]`` exactly; ``values`` is scratch with room for one vector more, which is overwritten. Returns an
+    exponent for :func:`grids` that will probably do for a block like this one, or :data:`NO_GUESS`.
 
     Method: with M = 1.5 * 2**(p - 1 + g), where p is the precision, t = v + M holds v rounded to a multiple of 2**g in
     its low bits, so that the bits of t, added as integers, sum those multiples without error. The grid g is laid so
     that the block's largest value just fits. The remainder v - (t - M), which is exact, goes through finer grids in
     turn: three of float32 reach 2**-67 of the largest value with 16 lanes to a vector, two of float64 2**-100 with 8.
+    The bits of M itself, as often as there are vectors, are taken off the integer at the end. A v too large for the
+    grid changes the exponent of t.
     Where a value reaches below that too, or is not finite, or the exponents come near the ends of float64, the block is
     added number by number.
     """

@@ -281,8 +281,8 @@ def kl_div(
     -----
     *Special values.* A target of 0 counts 0, but NaN where the input is -inf, inf or NaN; a negative target gives NaN.
 
-    *Accuracy.* Where the distributions are close the two terms cancel: float32 keeps the rounding errors of its
-    difference, and takes the values in float64 where the logarithms differ by less than 1/64.
+    *Accuracy.* Where the distributions are close the two terms cancel: float32 adds their large parts without rounding,
+    and takes the values in float64 where the logarithms differ by less than 1/64.
     ``'sum'`` and the means are the exact sum of the pointwise values, rounded once.
 
     *Differences from PyTorch.* Integers become float64; halves give float32.

@@ -154,9 +154,9 @@ def _max_shift_block(
     x, origin, ahead, low, high, n_classes, shift, y, y_origin, weight, keep, spread, exact, ties, ahead_largest
 ):
     """Of the classes ``low .. high``: the sum of exp(x - shift) where x != shift, and of the mass
-    m = weight * (y * keep + spread) the sum of m * (shift - x) and of m (not without ``weight``). Adds to ``ties``, lane
-    by lane, how many x == shift, and takes into ``ahead_largest`` the elements ``ahead`` places behind. ``exact`` counts
-    the rounding of x - shift.
+    m = weight * (y * keep + spread) the sum of m * (shift - x) and of m (not without ``weight``). Adds to ``ties``,
+    lane by lane, how many x == shift, and takes into ``ahead_largest`` the elements ``ahead`` places behind. ``exact``
+    counts the rounding of x - shift.
     """
     like = shift
     n_lanes = lanes(like)

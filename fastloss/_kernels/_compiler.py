@@ -200,7 +200,6 @@ class _HelperLibrary(JITCodeLibrary):
 
     def finalize(self):
         self._raise_if_finalized()
-        self._finalize_dynamic_globals()
         self._finalized = True
 
     def _get_module_for_linking(self):
@@ -244,7 +243,6 @@ class _KernelLibrary(JITCodeLibrary):
 
     def finalize(self):
         for library in _link(self._final_module, self._linking_libraries):
-            self._dynamic_globals += library._dynamic_globals
             if hasattr(library, "_reload_init"):  # (Numba 0.61 has none.)
                 self._reload_init.update(library._reload_init)
         self._linking_libraries = []

@@ -127,10 +127,15 @@ def _load_targets(data, geometry, start, n, offsets, targets):
     itemsize = 1 << (kind & 3)
     if is_dense(geometry, TARGET, itemsize, start, n) and n >= n_lanes:
         offset = row_offset(geometry, TARGET, start)
-        for slot in range(0, n, n_lanes):
-            i = min(slot, n - n_lanes)
-            prefetch_l2(data, offset + i * itemsize, n * itemsize)  # the next tile's
-            store(targets, i, load_targets(data, offset + i * itemsize, kind))
+        if itemsize == 8:  # the usual ones, without asking for each vector
+            for slot in range(0, n, n_lanes):
+                i = min(slot, n - n_lanes)
+                prefetch_l2(data, offset + i * 8, n * 8)  # the next tile's
+                store(targets, i, load_integers(data, offset + i * 8, np.int64(0)))
+        else:
+            for slot in range(0, n, n_lanes):
+                i = min(slot, n - n_lanes)
+                store(targets, i, load_targets(data, offset + i * itemsize, kind))
     else:
         row_offsets(geometry, TARGET, start, n, offsets)
         for i in range(n):

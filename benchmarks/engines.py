@@ -548,14 +548,12 @@ class Worker:
         call = self._function(chosen)
         if rows * n_classes > SMALL_INPUT:
             return {"peak_mib": memory.peak_growth(call)[1]}
-        # Some pages: what else the process touches only ever adds to them, and what it had left would hide some. So the
-        # least of several calls, and at least what NumPy asked for.
-        grown = min(memory.peak_growth(call)[1] for _ in range(5))
+        # A few pages, among which the process touches others: what NumPy and Numba asked for.
         tracemalloc.start()
         call()
         asked = tracemalloc.get_traced_memory()[1] / 2**20
         tracemalloc.stop()
-        return {"peak_mib": max(grown, asked)}
+        return {"peak_mib": asked}
 
     def free(self):
         """Forget what was compiled and prepared; the inputs stay for the next regime."""

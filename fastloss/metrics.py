@@ -35,7 +35,7 @@ __all__ = [
 
 # Rows per tile of the kernels: what fits into the first-level cache, within bounds.
 _TILE_BYTES = 1 << 15
-_FEWEST_ROWS, _MOST_ROWS = 16, 1024
+_FEWEST_ROWS, _MOST_ROWS = 16, 512
 # Scores per call of a kernel, some tenths of a second: Ctrl-C is answered between the calls.
 _CUT = 1 << 26
 # Where the class axis is strided, rows enough for long runs of memory.

@@ -379,7 +379,9 @@ def _average(name, tile_values, has_stage=True):
     def work(counter, totals, faults, x, codes, weights, table, parameters):
         n_rows, size = table[N_ROWS], table[TILE_ROWS]
         values = np.zeros(size + 2 * _LANES, np.float64)
-        scratch = np.empty(max(size, table[N_CLASSES]) + 2 * _MOST_LANES, np.float64)
+        # One value per row or per class where the classes do not lie side by side, and a few else.
+        staged = max(size, table[N_CLASSES]) if table[CLASS_STRIDE] != 1 else np.int64(0)
+        scratch = np.empty(staged + 2 * _MOST_LANES, np.float64)
         stage = np.empty((BLOCK + 2) * _MOST_LANES if has_stage else 0, x.dtype)
         group = np.empty((2, _MOST_LANES), np.int64)
         is_weighted = len(weights) > 0

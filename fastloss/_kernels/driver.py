@@ -45,11 +45,12 @@ BATCH = 16
 #   wide      float64: a few values per row
 #   sums      compute dtype: one value per lane and row, three times
 #   stage     a copy of a block of the input's classes; other_stage, out_stage: a batch of another array's
-Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage")
+#   kept      compute dtype: a block of classes, for the kernels that keep what they have computed
+Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage kept")
 
 
 @allocating
-def _make_scratch(x, y, out, geometry):
+def _make_scratch(x, y, out, geometry, keeps):
     width = tiles.scratch_width(geometry)
     n_lanes = lanes(out[0])
     stage_classes = min(max(BATCH, geometry[tiles.N_CLASSES]), BLOCK)
@@ -63,6 +64,7 @@ def _make_scratch(x, y, out, geometry):
         tiles.aligned(stage_classes * width, x),
         tiles.aligned(BATCH * width, y),
         tiles.aligned(BATCH * width, out),
+        tiles.aligned(stage_classes * width if keeps else n_lanes, out),
     )
 
 
@@ -81,12 +83,12 @@ def _collect(ledgers, n_workers):
     return rounded(total[:SECOND_SUM]), rounded(total[SECOND_SUM:KEPT]), total[KEPT], total[BAD]
 
 
-def make_kernel(name, do_tile):
+def make_kernel(name, do_tile, keeps=False):
     """A kernel of ``do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread)``."""
 
     @allocating
     def work(counter, ledger, x, y, weight, out, geometry, keep, spread):
-        scratch = _make_scratch(x, y, out, geometry)
+        scratch = _make_scratch(x, y, out, geometry, keeps)
         size = geometry[tiles.TASK_TILES]
         while True:
             first = next_task(counter) * size

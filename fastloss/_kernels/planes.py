@@ -46,6 +46,9 @@ SELECTED = 16
 STAGED_ROWS = 64
 AHEAD_ROWS = 512
 
+# How far ahead of contiguous rows of few classes memory is asked for, in bytes: as :data:`rows.AHEAD`.
+AHEAD_STAGED = 4096
+
 
 @inline
 def row_of(slot, n, n_lanes):
@@ -91,6 +94,8 @@ def stage_classes(x, offsets, n, stride, low, high, width, stage, like):
     elif stride == 1 and n >= n_lanes and _fits(offsets, n, low + (high - low + 3) // 4 * 4, len(x)):
         for slot in range(0, n, n_lanes):
             row = row_of(slot, n, n_lanes)
+            for i in range(row, row + n_lanes):
+                prefetch(x, offsets[i] + low, AHEAD_STAGED)
             for c in range(low, high, 4):
                 columns = load_columns(x, offsets, row, c, like)
                 at = (c - low) * width + row

@@ -19,6 +19,7 @@ from fastloss._kernels._simd import (
     load,
     load_integer,
     load_integers,
+    prefetch,
     splat,
     store,
     tree_sum,
@@ -32,6 +33,9 @@ HEADER = 14
 
 # Slots beyond the rows of a tile: room for a vector, and a stride of the stages that spreads over the cache's sets.
 PADDING = 16
+
+# How far ahead of the targets memory is asked for, in bytes: see :mod:`fastloss._kernels.rows`.
+AHEAD = 4096
 
 # Index targets that are no class.
 IGNORED, OUT_OF_RANGE = -1, -2
@@ -135,6 +139,7 @@ def _load_targets(data, geometry, start, n, offsets, itemsize, like, targets):
         offset = row_offset(geometry, TARGET, start)
         for slot in range(0, n, n_lanes):
             i = min(slot, n - n_lanes)
+            prefetch(data, offset + i * itemsize, AHEAD)
             store(targets, i, load_integers(data, offset + i * itemsize, like))
     else:
         row_offsets(geometry, TARGET, start, n, offsets)

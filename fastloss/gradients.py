@@ -20,6 +20,9 @@ __all__ = ["value_and_grad"]
 
 _AnyLayout = _views.Layout | None
 
+# From as many elements on the alignment of a gradient counts, and what it counts in; see the kernels.
+_LARGE, _VECTOR_BYTES = 1 << 22, 64
+
 
 def value_and_grad(loss: Any) -> Callable[..., tuple[Any, Any]]:
     r"""A function that computes a loss and its gradient with respect to `input`.
@@ -225,11 +228,29 @@ def _divided(upstream: Array, denominator: float) -> Array:
         return np.asarray(upstream.astype(np.float64) / np.float64(denominator)).astype(upstream.dtype)
 
 
-def _zeros_like(array: Array, dtype: np.dtype[Any]) -> Array:
-    """``numpy.zeros_like`` in memory that the system hands out as zeros: what is not written costs nothing."""
+def _in_order_of(array: Array, dtype: np.dtype[Any], make: Callable[[list[int]], Array]) -> Array:
+    """An array of the shape and the memory order of another one, of C-contiguous memory."""
     prototype = np.empty_like(array, dtype, subok=False)  # (never touched)
     order = sorted(range(array.ndim), key=lambda a: -abs(prototype.strides[a]))
-    return np.zeros([array.shape[a] for a in order], dtype).transpose(np.argsort(order))
+    return make([array.shape[a] for a in order]).transpose(np.argsort(order))
+
+
+def _zeros_like(array: Array, dtype: np.dtype[Any]) -> Array:
+    """``numpy.zeros_like`` in memory that the system hands out as zeros: what is not written costs nothing."""
+    return _in_order_of(array, dtype, lambda shape: np.zeros(shape, dtype))
+
+
+def _empty_like(array: Array, axis: int, dtype: np.dtype[Any]) -> Array:
+    """``numpy.empty_like``; of large planes on a border of the vectors that the kernels write past the caches."""
+    if array.size < _LARGE or array.strides[axis] == array.itemsize:
+        return np.empty_like(array, dtype, subok=False)
+
+    def make(shape: list[int]) -> Array:
+        memory = np.empty(array.size + _VECTOR_BYTES // dtype.itemsize, dtype)
+        start = -memory.__array_interface__["data"][0] % _VECTOR_BYTES // dtype.itemsize
+        return memory[start : start + array.size].reshape(shape)
+
+    return _in_order_of(array, dtype, make)
 
 
 @functools.lru_cache(maxsize=512)
@@ -308,7 +329,7 @@ def _index_loss(
         denominator = _weigh_targets(target, n_classes, weight, dtype, options, ignore_index)
         upstream = _divided(upstream, denominator)
     out = np.empty(target.shape, dtype) if wants_rows else None
-    gradient = _zeros_like(logits, dtype) if kind == "nll" else np.empty_like(logits, dtype, subok=False)
+    gradient = _zeros_like(logits, dtype) if kind == "nll" else _empty_like(logits, axis, dtype)
     total = 0.0
     if target.size:
         total, bad = _run_rows(

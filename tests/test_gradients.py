@@ -415,6 +415,35 @@ def test_the_bits_of_a_row_alone(rng, n_classes, dtype):
         np.testing.assert_array_equal(few, gradient[5:40])
 
 
+@pytest.mark.parametrize("n_classes", [5, 40, 300, 600])
+@pytest.mark.parametrize("n_rows", [9, 40])
+@pytest.mark.parametrize("layout", ["planes", "skipping planes", "skipping classes"])
+def test_the_bits_of_a_row_in_planes(rng, n_classes, n_rows, layout):
+    """Beyond a block of classes the terms are kept in the gradient itself. Some targets lie far below the maximum."""
+    x, t, w, _ = make_problem(rng, (n_rows, n_classes), np.float32)
+    x[::4, :3] += 60
+    shape = {"planes": (n_classes, n_rows), "skipping planes": (n_classes, 2 * n_rows)}
+    room = np.full(shape.get(layout, (n_rows, 2 * n_classes)), NAN, np.float32)
+    view = {"planes": room.T, "skipping planes": room.T[::2], "skipping classes": room[:, ::2]}[layout]
+    view[:] = x
+    gradient = cross_entropy(view, t, w, reduction="sum")[1]
+    for i in range(n_rows):
+        np.testing.assert_array_equal(cross_entropy(x[i], t[i], w, reduction="sum")[1], gradient[i])
+
+
+@pytest.mark.parametrize("n_pixels", [1 << 19, (1 << 19) + 24])
+def test_large_planes(rng, n_pixels):
+    """The entries that are written past the caches, and those at the planes' ends, have the bits of small pieces."""
+    x = rng.standard_normal((2, 5, n_pixels), np.float32)
+    t = rng.integers(-1, 5, (2, n_pixels))
+    gradient = cross_entropy(x, t, ignore_index=-1, reduction="sum")[1]
+    assert gradient.shape == x.shape
+    assert gradient.flags.c_contiguous
+    for piece in np.array_split(np.arange(n_pixels), 4):
+        alone = cross_entropy(x[..., piece], t[..., piece], ignore_index=-1, reduction="sum")[1]
+        np.testing.assert_array_equal(gradient[..., piece], alone)
+
+
 @pytest.mark.parametrize("shape", [(9, 7), (12, 40), (2, 33, 3, 4)], ids=shape_id)
 @pytest.mark.parametrize("eps", [0.0, 0.1])
 def test_ignored_rows_are_zero_whatever_they_hold(rng, shape, eps):

@@ -12,7 +12,7 @@ import pytest
 import references
 
 from fastloss._kernels._simd import lanes, load, store
-from fastloss._kernels._vecmath import LOG1P_LIMIT, exp, log, log1p, log_difference
+from fastloss._kernels._vecmath import LOG1P_LIMIT, exp, exp_and_difference, log, log1p, log_difference
 
 INF, NAN = math.inf, math.nan
 
@@ -22,6 +22,15 @@ def _exp(x, out):
     like = x[0]
     for i in range(0, len(x), lanes(like)):
         store(out, i, exp(load(x, i, like)))
+
+
+@numba.njit
+def _exp_and_difference(a, b, plain, exact):
+    like = a[0]
+    for i in range(0, len(a), lanes(like)):
+        both = exp_and_difference(load(a, i, like), load(b, i, like))
+        store(plain, i, both[0])
+        store(exact, i, both[1])
 
 
 @numba.njit
@@ -110,6 +119,37 @@ class TestExp:
             loop(values.view(dtype), out)
             assert np.isnan(out[: len(kinds)]).all()
             assert not np.isnan(out[len(kinds) :]).any() or loop is _log
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+class TestExpAndDifference:
+    @staticmethod
+    def both(a, b, dtype):
+        plain, exact = np.empty(len(a), dtype), np.empty(len(a), dtype)
+        _exp_and_difference(a, b, plain, exact)
+        return plain, exact
+
+    @pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3])
+    def test_error(self, rng, dtype, scale):
+        """As if the difference were exact, where its rounding alone moves the exponential by many units."""
+        difference = rng.uniform(LOWEST[dtype], 20.0, 4096) * scale
+        b = rng.normal(size=4096).astype(dtype)
+        a = (b + difference).astype(dtype)
+        plain, exact = self.both(a, b, dtype)
+        with mpmath.workdps(50):
+            expected = [mpmath.exp(mpmath.mpf(float(u)) - mpmath.mpf(float(v))) for u, v in zip(a, b, strict=True)]
+        is_normal = np.array([float(e) for e in expected]) > 2 * np.finfo(dtype).tiny
+        errors_of_both = np.asarray(references.ulp_error(exact, expected, dtype))
+        assert errors_of_both[is_normal].max() < 2.0
+        np.testing.assert_array_equal(plain, apply(_exp, a - b, dtype))
+
+    def test_special_values(self, dtype):
+        a = np.array([-INF, -1e38, 3.0, NAN, INF, -200.0 if dtype is np.float32 else -2000.0, 0.0, 1.0] * 2, dtype)
+        b = np.array([1.0, 1e38, 3.0, 0.0, 0.0, 100.0, NAN, -INF] * 2, dtype)
+        plain, exact = self.both(a, b, dtype)
+        np.testing.assert_array_equal(exact[[0, 1, 2, 5]], [0.0, 0.0, 1.0, 0.0])
+        assert not np.isfinite(exact[[3, 4, 6, 7]]).any()
+        np.testing.assert_array_equal(np.isfinite(plain), np.isfinite(exact))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -29,6 +29,7 @@ from numba.extending import intrinsic, models, register_model
 __all__ = [
     "any_lane",
     "copy",
+    "fence",
     "first_lane",
     "fma",
     "from_bits",
@@ -55,7 +56,9 @@ __all__ = [
     "splat",
     "store",
     "store_columns",
+    "store_streaming",
     "to_bits",
+    "to_border",
     "to_float",
     "tree_max",
     "tree_sum",
@@ -643,6 +646,45 @@ def store(typingctx, array, index, value):
         return context.get_dummy_value()
 
     return types.void(array, types.int64, value), codegen
+
+
+@intrinsic
+def store_streaming(typingctx, array, index, value):
+    """:func:`store` past the caches, for what is not read again soon; the address is on the border of a vector."""
+    if array.dtype != value.dtype:
+        raise TypeError(f"a vector of {value.dtype} does not go into an array of {array.dtype}")
+
+    def codegen(context, builder, sig, args):
+        pointer = _element_pointer(context, builder, array, args[0], args[1], value.count)
+        instruction = builder.store(args[2], pointer, align=VECTOR_BYTES)
+        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, value), codegen
+
+
+@intrinsic
+def to_border(typingctx, array, index):
+    """How many elements it is from an element to the next border of a vector (0 on one)."""
+
+    def codegen(context, builder, sig, args):
+        pointer = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
+        i64 = ir.IntType(64)
+        n_bytes = builder.and_(builder.neg(builder.ptrtoint(pointer, i64)), i64(VECTOR_BYTES - 1))
+        return builder.udiv(n_bytes, i64(array.dtype.bitwidth // 8))
+
+    return types.int64(array, types.int64), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """Have what was stored, past the caches too, seen by other threads before what follows."""
+
+    def codegen(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 def _fma_ir(builder, vector, a, b, c):

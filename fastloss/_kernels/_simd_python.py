@@ -8,6 +8,7 @@ import numpy as np
 __all__ = [
     "any_lane",
     "copy",
+    "fence",
     "first_lane",
     "fma",
     "from_bits",
@@ -34,7 +35,9 @@ __all__ = [
     "splat",
     "store",
     "store_columns",
+    "store_streaming",
     "to_bits",
+    "to_border",
     "to_float",
     "tree_max",
     "tree_sum",
@@ -168,6 +171,20 @@ def store(array, index, value):
     if array.dtype != value.dtype and (array.dtype.kind, value.dtype.kind) != ("f", "f") and not narrows:
         raise TypeError(f"a vector of {value.dtype} does not go into an array of {array.dtype}")
     array[index : index + len(value)] = value
+
+
+def store_streaming(array, index, value):
+    assert array.dtype == value.dtype
+    assert to_border(array, index) == 0
+    store(array, index, value)
+
+
+def to_border(array, index):
+    return -(array.ctypes.data + index * array.itemsize) % 64 // array.itemsize
+
+
+def fence():
+    pass
 
 
 def fma(a, b, c):

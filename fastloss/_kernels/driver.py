@@ -56,8 +56,9 @@ STAGED_ROWS = 64
 #   sums      compute dtype: one value per lane and row, three times
 #   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a
 #             batch of the result's
+#   kept      compute dtype: a block of classes, for the kernels that keep what they have computed
 #   memory    what all of them are cut out of
-Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage memory")
+Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage kept memory")
 
 # As many classes per lane as there may be.
 ANY_NUMBER = 1 << 40
@@ -70,7 +71,7 @@ def _padded(n_bytes):
 
 
 @allocating
-def _make_scratch(x, y, out, geometry, light):
+def _make_scratch(x, y, out, geometry, light, keeps):
     width, n_classes = tiles.scratch_width(geometry), geometry[tiles.N_CLASSES]
     n_lanes = lanes(out[0])
     if n_classes <= light * n_lanes:
@@ -87,7 +88,9 @@ def _make_scratch(x, y, out, geometry, light):
     stage = sums + 3 * out.itemsize * n_lane_sums
     other_stage = stage + _padded(n_staged * x.itemsize)
     out_stage = other_stage + _padded(n_others * y.itemsize)
-    memory = np.empty(out_stage + n_out * out.itemsize + CACHE_LINE, np.uint8)
+    kept = out_stage + _padded(n_out * out.itemsize)
+    n_kept = n_others if keeps else 0
+    memory = np.empty(kept + n_kept * out.itemsize + CACHE_LINE, np.uint8)
     return Scratch(
         take(memory, 0, width, np.int32(0)),
         take_rows(memory, places, 3, width, np.int64(0)),
@@ -97,6 +100,7 @@ def _make_scratch(x, y, out, geometry, light):
         take(memory, stage, n_staged, x),
         take(memory, other_stage, n_others, y),
         take(memory, out_stage, n_out, out),
+        take(memory, kept, n_kept, out),
         memory,
     )
 
@@ -162,16 +166,16 @@ def _python_entry(body, dtypes):
     return lambda n_workers, *args: body(n_workers, *map(flat, args[:6], dtypes), *args[6:])
 
 
-def make_kernel(name, do_tile, light=0):
+def make_kernel(name, do_tile, light=0, keeps=False):
     """A kernel of ``do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread)``.
 
     With up to ``light`` classes per lane, ``do_tile`` gets along with two rows of ``narrow`` and of ``wide``, no
-    ``sums``, and of ``other_stage`` and ``out_stage`` one value per row.
+    ``sums``, and of ``other_stage`` and ``out_stage`` one value per row. With ``keeps`` it gets ``kept``.
     """
 
     @allocating
     def work(counter, ledger, x, y, weight, out, geometry, keep, spread):
-        scratch = _make_scratch(x, y, out, geometry, light)
+        scratch = _make_scratch(x, y, out, geometry, light, keeps)
         size = geometry[tiles.TASK_TILES]
         while True:
             first = next_task(counter) * size

@@ -11,6 +11,7 @@ import numpy as np
 from fastloss._kernels import gather, losses, planes, pointwise, rows, tiles
 from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
+    fence,
     first_lane,
     fma,
     integer_like,
@@ -21,6 +22,8 @@ from fastloss._kernels._simd import (
     splat,
     store,
     store_columns,
+    store_streaming,
+    to_border,
     tree_sum,
     where,
 )
@@ -38,6 +41,10 @@ NO_CLASS, NO_NEAR_CLASS = np.int64(1) << 40, np.int32(2**31 - 1)
 # all entries alike: up to here it is at most 2**-20, and beyond it nothing cancels in 1 - p[t].
 LARGEST_SUM = 2.0**40
 
+# Gradients of as many elements, which no cache holds, are written past the caches where planes lie apart: else each
+# line is read before it is written (8 x 21 x 512 x 512 takes 1.2 times as long).
+STREAMED = 1 << 22
+
 # What a tile's rows have to be known of, as rows of ``scratch.narrow``: an entry of the gradient is, with
 # p = exp(x - SHIFT) * INVERSE,
 #   without masses   p * SCALE, and OWN at the target;
@@ -51,15 +58,12 @@ SHIFT, INVERSE, SCALE, OWN, TOTAL, SHORT, TIE = range(7)
 
 @inline
 def _entry(v, is_target, m, shift, inverse, scale, own, total, short, tie):
-    """A vector of entries; see :data:`SHIFT`.
+    """A vector of entries with masses; see :data:`SHIFT`.
 
-    Accuracy: p within 3 ulp. The target's entry, OWN, is the negative sum of the others and is never formed as p - 1.
-    With masses, the entry of the largest class is (TOTAL - m) - TOTAL * SHORT, in which nothing has been rounded off
-    that counts: for a confident row and all of the mass on its class the difference is exactly 0.
+    Accuracy: p within 3 ulp. The entry of the largest class is (TOTAL - m) - TOTAL * SHORT, in which nothing has been
+    rounded off that counts: for a confident row and all of the mass on its class the difference is exactly 0.
     """
     p = exp_difference(v, shift) * inverse
-    if m is None:
-        return where(is_target, own, p * scale)
     m = m + where(is_target, own, splat(scalar(0.0, first_lane(v))))
     return scale * where(v == tie, (total - m) - total * short, fma(p, total, -m))
 
@@ -91,12 +95,8 @@ def _write_block(
             begin, _, _ = rows.tail(low, high, n_classes, n_lanes)
         is_target = lane - splat(integer_like(rows._near(target - begin), like)) == nothing
         v = load(x, begin - origin, like)
-        if weight is None:
-            value = _entry(v, is_target, None, shift, inverse, scale, own, total, short, tie)
-        else:
-            m = _mass(y, begin - y_origin, weight, begin, keep, spread, like)
-            value = _entry(v, is_target, m, shift, inverse, scale, own, total, short, tie)
-        store(sink, begin - sink_origin, value)
+        m = _mass(y, begin - y_origin, weight, begin, keep, spread, like)
+        store(sink, begin - sink_origin, _entry(v, is_target, m, shift, inverse, scale, own, total, short, tie))
 
 
 @inline
@@ -212,22 +212,112 @@ def _write_planes(x, y, weight, keep, spread, geometry, start, offsets, y_offset
                 v, target = load(source, at + row, like), load(near, row, integer)
                 shift, inverse = load(narrow[SHIFT], row, like), load(narrow[INVERSE], row, like)
                 scale, own = load(narrow[SCALE], row, like), load(narrow[OWN], row, like)
-                if weight is None:
-                    value = _entry(v, target == this_class, None, shift, inverse, scale, own, zero, zero, zero)
+                m = splat(weight[c])
+                if y is not None:
+                    y_source = y if y_direct else other_stage
+                    y_at = y_offsets[0] + c * y_stride if y_direct else (c - low) * width
+                    m = m * fma(load(y_source, y_at + row, like), splat(keep), splat(spread))
                 else:
-                    m = splat(weight[c])
-                    if y is not None:
-                        y_source = y if y_direct else other_stage
-                        y_at = y_offsets[0] + c * y_stride if y_direct else (c - low) * width
-                        m = m * fma(load(y_source, y_at + row, like), splat(keep), splat(spread))
-                    else:
-                        m = m * splat(spread)
-                    total, short = load(narrow[TOTAL], row, like), load(narrow[SHORT], row, like)
-                    tie = load(narrow[TIE], row, like)
-                    value = _entry(v, target == this_class, m, shift, inverse, scale, own, total, short, tie)
+                    m = m * splat(spread)
+                total, short = load(narrow[TOTAL], row, like), load(narrow[SHORT], row, like)
+                tie = load(narrow[TIE], row, like)
+                value = _entry(v, target == this_class, m, shift, inverse, scale, own, total, short, tie)
                 store(sink, sink_at + row, where(target < nothing, zero, value))
         if not out_direct:
             _unstage_classes(out_stage, gradient, out_offsets, n, out_stride, low, high, width, like)
+
+
+@inline
+def _scale_rows(geometry, start, n, gradient, offsets, near, targets, narrow, scratch):
+    """Make the entries of the kept terms, which lie in the gradient: for a contiguous class axis."""
+    like = narrow[SHIFT, 0]
+    n_lanes = lanes(like)
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, GRADIENT)
+    zero = splat(scalar(0.0, like))
+    for i in range(n):
+        at, end = offsets[i], offsets[i] + n_classes - n_lanes
+        inverse, scale = narrow[INVERSE, i], narrow[SCALE, i]
+        if stride == 1 and n_classes >= n_lanes:
+            # (The last vector overlaps the one before, which is in place by then.)
+            last = load(gradient, end, like)
+            if targets[i] >= 0:
+                for c in range(at, end, n_lanes):
+                    store(gradient, c, (load(gradient, c, like) * splat(inverse)) * splat(scale))
+                store(gradient, end, (last * splat(inverse)) * splat(scale))
+            else:
+                for c in range(at, end, n_lanes):
+                    store(gradient, c, zero)
+                store(gradient, end, zero)
+        elif targets[i] >= 0:
+            for c in range(n_classes):
+                gradient[at + c * stride] = (gradient[at + c * stride] * inverse) * scale
+        else:
+            for c in range(n_classes):
+                gradient[at + c * stride] = 0.0
+        if targets[i] >= 0:
+            gradient[at + targets[i] * stride] = narrow[OWN, i]
+
+
+@inline
+def _scaled(kept, at, c, target, inverse, scale, own):
+    """The entries of class c of a vector of rows."""
+    like = first_lane(inverse)
+    zero, integer = splat(scalar(0.0, like)), splat(integer_like(0, like))
+    value = where(target == splat(integer_like(c, like)), own, (load(kept, at, like) * inverse) * scale)
+    return where(target < integer, zero, value)
+
+
+@inline
+def _scale_planes(geometry, start, n, gradient, offsets, near, targets, narrow, scratch):
+    """Make the entries of the kept terms: for a strided class axis, and few classes."""
+    kept, out_stage = scratch.kept, scratch.out_stage
+    like = narrow[SHIFT, 0]
+    n_lanes, integer = lanes(like), integer_like(0, like)
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, GRADIENT)
+    width = tiles.scratch_width(geometry)
+    n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
+    direct = planes.is_direct(geometry, GRADIENT, start, n, n_lanes)
+    is_aligned = to_border(gradient, offsets[0]) == 0 and stride % n_lanes == 0 and n % n_lanes == 0
+    streams = direct and is_aligned and len(gradient) >= STREAMED
+    in_columns = stride == 1 and n >= n_lanes and n_classes >= 4
+    if in_columns and n_classes <= BLOCK:
+        for slot in range(0, n_slots, n_lanes):
+            row = planes.row_of(slot, n, n_lanes)
+            target, inverse = load(near, row, integer), load(narrow[INVERSE], row, like)
+            scale, own = load(narrow[SCALE], row, like), load(narrow[OWN], row, like)
+            for class_ in range(0, n_classes, 4):
+                c = min(class_, n_classes - 4)
+                at = c * width + row
+                store_columns(
+                    gradient, offsets, row, c,
+                    _scaled(kept, at, c, target, inverse, scale, own),
+                    _scaled(kept, at + width, c + 1, target, inverse, scale, own),
+                    _scaled(kept, at + 2 * width, c + 2, target, inverse, scale, own),
+                    _scaled(kept, at + 3 * width, c + 3, target, inverse, scale, own),
+                )  # fmt: skip
+        return
+    for low in range(0, n_classes, BATCH):
+        high = min(low + BATCH, n_classes)
+        first = np.int64(0)
+        if n_classes > BLOCK:
+            first = low
+            planes.stage_classes(gradient, offsets, n, stride, low, high, width, kept, like)
+        for c in range(low, high):
+            sink = gradient if direct else out_stage
+            at = offsets[0] + c * stride if direct else (c - low) * width
+            for slot in range(0, n_slots, n_lanes):
+                row = planes.row_of(slot, n, n_lanes)
+                target, inverse = load(near, row, integer), load(narrow[INVERSE], row, like)
+                scale, own = load(narrow[SCALE], row, like), load(narrow[OWN], row, like)
+                value = _scaled(kept, (c - first) * width + row, c, target, inverse, scale, own)
+                if streams:
+                    store_streaming(gradient, at + row, value)
+                else:
+                    store(sink, at + row, value)
+        if not direct:
+            _unstage_classes(out_stage, gradient, offsets, n, stride, low, high, width, like)
+    if streams:
+        fence()
 
 
 # ----------------------------------------------------------------------------------------------- what rows need
@@ -248,9 +338,9 @@ def _read_upstream(upstream, geometry, start, n, offsets, scales):
 
 
 @subroutine
-def _know_again(x, geometry, offsets, n, targets, narrow, scratch):
-    """:func:`_know_targets` of the rows whose sum relative to the target is too large or no number: relative to the
-    maximum.
+def _know_again(x, geometry, offsets, n, targets, narrow, scratch, kept, kept_offsets, kept_stride):
+    """:func:`_know_targets`, and the terms, of the rows whose sum relative to the target is too large or no number:
+    relative to the maximum.
     """
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     like = narrow[SHIFT, 0]
@@ -261,6 +351,10 @@ def _know_again(x, geometry, offsets, n, targets, narrow, scratch):
                 x, offsets[i], stride, n_classes, None, 0, 0, None, like, like, False, like,
                 (scratch.stage, scratch.stage),
             )  # fmt: skip
+            rows.target_row(
+                x, offsets[i], stride, n_classes, np.int64(-1), largest, scratch.stage,
+                kept, kept_offsets[i], kept_stride, scratch.out_stage,
+            )  # fmt: skip
             narrow[SHIFT, i] = largest
             narrow[INVERSE, i] = other_rest if np.isfinite(largest) else np.nan
             p = first_lane(exp(splat(logit - largest))) / scalar(1.0 + narrow[INVERSE, i], like)
@@ -270,9 +364,9 @@ def _know_again(x, geometry, offsets, n, targets, narrow, scratch):
 
 
 @subroutine
-def _know_targets(x, weight, geometry, offsets, n, targets, narrow, scratch):
+def _know_targets(x, weight, geometry, offsets, n, targets, narrow, scratch, kept, kept_offsets, kept_stride):
     """From the targets' logits (in SHIFT), the sums relative to them (in INVERSE) and the upstream gradients (in
-    SCALE), what :func:`_entry` needs without masses.
+    SCALE), what makes entries of the kept terms.
 
     Computes, with s the sum of exp(x[c] - x[t]) over c != t, INVERSE = 1 / (1 + s), SCALE = upstream * w[t] and
     OWN = -SCALE * s / (1 + s).
@@ -289,7 +383,7 @@ def _know_targets(x, weight, geometry, offsets, n, targets, narrow, scratch):
         again = again + where(load(scratch.near, i, integer) >= nothing, where(fits, nothing, count), nothing)
         store(narrow[OWN], i, rest / (one + rest))
     if tree_sum(again) > 0:
-        _know_again(x, geometry, offsets, n, targets, narrow, scratch)
+        _know_again(x, geometry, offsets, n, targets, narrow, scratch, kept, kept_offsets, kept_stride)
     if geometry[tiles.IS_WEIGHTED]:
         for i in range(n):
             if targets[i] >= 0:
@@ -343,26 +437,52 @@ def _weigh_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread
         add_block(ledger[SECOND_SUM:KEPT], values, n)
 
 
-def _cross_entropy(tile_sums, write):
-    """Cross-entropy with index targets, and its gradient, w[t] * (softmax - one_hot)."""
+@inline
+def _kept_in_rows(geometry, n, gradient, offsets, scratch):
+    """Where the terms of a tile's rows are kept: an array, the rows' offsets, and the stride of the classes."""
+    return gradient, offsets, tiles.class_stride(geometry, GRADIENT)
+
+
+@inline
+def _kept_in_planes(geometry, n, gradient, offsets, scratch):
+    if geometry[tiles.N_CLASSES] > BLOCK:
+        return gradient, offsets, tiles.class_stride(geometry, GRADIENT)
+    numbers = scratch.places[1]
+    tiles.count_up(numbers, n)
+    return scratch.kept, numbers, tiles.scratch_width(geometry)
+
+
+def _cross_entropy(tile_sums, kept_in, scale):
+    """Cross-entropy with index targets, and its gradient, w[t] * (softmax - one_hot).
+
+    Method: the terms exp(x[c] - x[t]) of the sum are kept, and made into the entries when the sum is known.
+    """
 
     @subroutine
     def do_tile(tile, scratch, ledger, x, y, arrays, out, geometry, keep, spread):
         weight, upstream, gradient = arrays
         like = out[0]
-        offsets, targets, near, narrow = scratch.places[0], scratch.places[2], scratch.near, scratch.narrow
+        offsets, others, targets = scratch.places[0], scratch.places[1], scratch.places[2]
+        near, narrow = scratch.near, scratch.narrow
         shifts, loss = narrow[6], narrow[7]
         start, n = tiles.tile_bounds(geometry, tile)
         losses.begin_targets(ledger, x, y, geometry, start, n, scratch)
-        tile_sums(x, geometry, start, offsets, n, targets, shifts, loss, scratch)
+        tiles.row_offsets(geometry, GRADIENT, start, n, others)
+        tile_sums(
+            x, geometry, start, offsets, n, targets, shifts, loss, scratch,
+            gradient, others, tiles.class_stride(geometry, GRADIENT),
+        )  # fmt: skip
         for i in range(0, n, lanes(like)):
             store(narrow[SHIFT], i, load(shifts, i, like))
             store(narrow[INVERSE], i, load(loss, i, like))
         losses._finish_targets(x, weight, geometry, offsets, n, targets, near, shifts, loss, scratch)
-        losses.deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss)
-        _read_upstream(upstream, geometry, start, n, scratch.places[1], narrow[SCALE])
-        _know_targets(x, weight, geometry, offsets, n, targets, narrow, scratch)
-        write(x, None, None, like, like, geometry, start, offsets, offsets, n, gradient, targets, near, scratch)
+        losses.deliver(ledger, y, weight, out, geometry, start, n, others, targets, loss)
+        _read_upstream(upstream, geometry, start, n, others, narrow[SCALE])
+        tiles.row_offsets(geometry, GRADIENT, start, n, others)
+        kept, kept_offsets, kept_stride = kept_in(geometry, n, gradient, others, scratch)
+        _know_targets(x, weight, geometry, offsets, n, targets, narrow, scratch, kept, kept_offsets, kept_stride)
+        tiles.row_offsets(geometry, GRADIENT, start, n, others)
+        scale(geometry, start, n, gradient, others, near, targets, narrow, scratch)
 
     return do_tile
 
@@ -460,8 +580,12 @@ def _kl_tile(tile, scratch, ledger, x, y, arrays, out, geometry, keep, spread):
 
 
 weigh = make_kernel("weigh_targets", _weigh_tile)
-cross_entropy_rows = make_kernel("cross_entropy_gradient_rows", _cross_entropy(rows.target_tile, _write_rows))
-cross_entropy_planes = make_kernel("cross_entropy_gradient_planes", _cross_entropy(planes.target_tile, _write_planes))
+cross_entropy_rows = make_kernel(
+    "cross_entropy_gradient_rows", _cross_entropy(rows.target_tile, _kept_in_rows, _scale_rows)
+)
+cross_entropy_planes = make_kernel(
+    "cross_entropy_gradient_planes", _cross_entropy(planes.target_tile, _kept_in_planes, _scale_planes), keeps=True
+)
 smoothed_rows = make_kernel(
     "smoothed_gradient_rows", _smoothed_cross_entropy(losses._smoothed_cross_entropy(rows.max_shift_tile), _write_rows)
 )

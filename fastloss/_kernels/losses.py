@@ -112,7 +112,7 @@ def _cross_entropy(tile_sums):
         shifts, loss = scratch.narrow[0], scratch.narrow[1]
         start, n = tiles.tile_bounds(geometry, tile)
         begin_targets(ledger, x, y, geometry, start, n, scratch)
-        tile_sums(x, geometry, start, offsets, n, targets, shifts, loss, scratch)
+        tile_sums(x, geometry, start, offsets, n, targets, shifts, loss, scratch, None, offsets, 0)
         _finish_targets(x, weight, geometry, offsets, n, targets, scratch.near, shifts, loss, scratch)
         deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss)
 

@@ -32,7 +32,7 @@ from fastloss._kernels._simd import (
 )
 from fastloss._kernels._vecmath import exp, exp_difference
 from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, GROUP, STAGED_ROWS
-from fastloss._kernels.rows import finite_shift, gather_targets, merge
+from fastloss._kernels.rows import finite_shift, gather_targets, merge, target_term
 
 # How many classes ahead of the loads memory is asked for: a tile's rows of one class are a run of about a kilobyte,
 # which the CPU's own prefetcher learns too late; more classes would not fit into the sets of the first-level cache that
@@ -182,7 +182,7 @@ def _classes_ahead(n_slots):
 
 
 @subroutine
-def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage):
+def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage, kept):
     """The classes ``low .. high`` of :func:`target_tile`: their sums, folded, are left in the first lane."""
     like = shifts[0]
     n_lanes = lanes(like)
@@ -202,40 +202,47 @@ def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shi
             _ask_ahead(x, at, c, _classes_ahead(n_slots), stride, n_classes, n_slots, n_lanes, n)
         for slot in range(0, n_slots, n_lanes):
             row = row_of(slot, n, n_lanes)
-            d = load(source, at + row, like) - load(shifts, row, like)
-            e = where(load(near, row, integer) == this_class, zero, exp(d))
+            shift = load(shifts, row, like)
+            e = target_term(load(source, at + row, like), shift, kept, (c - low) * width + row)
+            e = where(load(near, row, integer) == this_class, zero, e)
             store(sums, lane + slot, e if first else load(sums, lane + slot, like) + e)
     _fold(sums, n_classes, n_slots, width, like)
 
 
 @inline
-def _one_term(source, at, step, c, shift, target):
+def _one_term(source, at, step, c, shift, target, kept, kept_at, kept_step):
     """exp(x - shift) of class c for a vector of rows, 0 for those whose target it is."""
     like = first_lane(shift)
-    e = exp(load(source, at + c * step, like) - shift)
+    e = target_term(load(source, at + c * step, like), shift, kept, kept_at + c * kept_step)
     return where(target == splat(integer_like(c, like)), splat(scalar(0.0, like)), e)
 
 
 @inline
-def _lane_terms(source, at, step, lane, n_classes, n_lanes, shift, target):
+def _lane_terms(source, at, step, lane, n_classes, n_lanes, shift, target, kept, kept_at, kept_step):
     """The sum of the one or two classes of a lane; see :func:`_lane_of`."""
-    total = _one_term(source, at, step, lane, shift, target)
+    total = _one_term(source, at, step, lane, shift, target, kept, kept_at, kept_step)
     if lane + n_classes >= 2 * n_lanes:
-        total = total + _one_term(source, at, step, lane + n_classes - n_lanes, shift, target)
+        total = total + _one_term(source, at, step, lane + n_classes - n_lanes, shift, target, kept, kept_at, kept_step)
     return total
 
 
 @inline
-def _four_lanes(source, at, step, lane, quarter, n_classes, shift, target):
+def _four_lanes(source, at, step, lane, quarter, n_classes, shift, target, kept, kept_at, kept_step):
     """The sum, by halves, of those of the lanes lane, lane + quarter, ... that have a class."""
     n_lanes = 4 * quarter
-    total = _lane_terms(source, at, step, lane, n_classes, n_lanes, shift, target)
+    total = _lane_terms(source, at, step, lane, n_classes, n_lanes, shift, target, kept, kept_at, kept_step)
     if lane + 2 * quarter < n_classes:
-        total = total + _lane_terms(source, at, step, lane + 2 * quarter, n_classes, n_lanes, shift, target)
+        total = total + _lane_terms(
+            source, at, step, lane + 2 * quarter, n_classes, n_lanes, shift, target, kept, kept_at, kept_step
+        )
     if lane + quarter < n_classes:
-        other = _lane_terms(source, at, step, lane + quarter, n_classes, n_lanes, shift, target)
+        other = _lane_terms(
+            source, at, step, lane + quarter, n_classes, n_lanes, shift, target, kept, kept_at, kept_step
+        )
         if lane + 3 * quarter < n_classes:
-            other = other + _lane_terms(source, at, step, lane + 3 * quarter, n_classes, n_lanes, shift, target)
+            other = other + _lane_terms(
+                source, at, step, lane + 3 * quarter, n_classes, n_lanes, shift, target, kept, kept_at, kept_step
+            )
         total = total + other
     return total
 
@@ -250,7 +257,9 @@ def _select_logit(source, at, step, n_classes, target, like):
 
 
 @subroutine
-def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, row_numbers, shifts, rest, stage):
+def _few_classes_tile(
+    x, offsets, n, n_classes, stride, direct, targets, near, row_numbers, shifts, rest, stage, kept, kept_step
+):
     """The case of :func:`target_tile` where a lane has at most two classes: a vector of rows at a time, summed in
     registers, in the order of the fold.
 
@@ -285,7 +294,7 @@ def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, r
             row = row_of(slot, staged_rows, n_lanes)
             at = (offsets[begin] if in_place else 0) + row
             target = load(near, begin + row, integer)
-            if n_classes == 2:
+            if kept is None and n_classes == 2:
                 # The other class is the only one that is summed.
                 first_class, second_class = load(source, at, like), load(source, at + step, like)
                 is_first = target == splat(integer)
@@ -296,20 +305,30 @@ def _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, r
             if n_classes <= SELECTED:
                 store(shifts, begin + row, _select_logit(source, at, step, n_classes, target, like))
             shift = load(shifts, begin + row, like)
-            total = _four_lanes(source, at, step, 0, quarter, n_classes, shift, target)
+            total = _four_lanes(source, at, step, 0, quarter, n_classes, shift, target, kept, begin + row, kept_step)
             if quarter == 4 and n_classes > 2:
-                total = total + _four_lanes(source, at, step, 2, quarter, n_classes, shift, target)
+                total = total + _four_lanes(
+                    source, at, step, 2, quarter, n_classes, shift, target, kept, begin + row, kept_step
+                )
             if n_classes > 1:
-                other = _four_lanes(source, at, step, 1, quarter, n_classes, shift, target)
+                other = _four_lanes(
+                    source, at, step, 1, quarter, n_classes, shift, target, kept, begin + row, kept_step
+                )
                 if quarter == 4 and n_classes > 3:
-                    other = other + _four_lanes(source, at, step, 3, quarter, n_classes, shift, target)
+                    other = other + _four_lanes(
+                        source, at, step, 3, quarter, n_classes, shift, target, kept, begin + row, kept_step
+                    )
                 total = total + other
             store(rest, begin + row, total)
 
 
 @inline
-def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
-    """Of each row, sum exp(x[c] - shift) over all classes but the target, whose logit is the shift."""
+def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, kept, kept_offsets, kept_stride):
+    """Of each row, sum exp(x[c] - shift) over all classes but the target, whose logit is the shift.
+
+    The terms, the target's own included, are kept if ``kept`` is an array: as many classes as a block has in
+    ``scratch.kept``, more of them in ``kept``.
+    """
     like = shifts[0]
     n_lanes, n_doubles = lanes(like), lanes(0.0)
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
@@ -319,8 +338,28 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     if n_classes <= 2 * n_lanes:
-        row_numbers = scratch.places[1]
-        _few_classes_tile(x, offsets, n, n_classes, stride, direct, targets, near, row_numbers, shifts, rest, stage)
+        numbers = scratch.places[1]
+        if kept is None:
+            _few_classes_tile(
+                x, offsets, n, n_classes, stride, direct, targets, near, numbers, shifts, rest, stage, None, width
+            )
+        else:
+            _few_classes_tile(
+                x,
+                offsets,
+                n,
+                n_classes,
+                stride,
+                direct,
+                targets,
+                near,
+                numbers,
+                shifts,
+                rest,
+                stage,
+                scratch.kept,
+                width,
+            )
         return
     gather_targets(x, offsets, stride, n, targets, shifts)
     total[:n_slots] = 0.0
@@ -328,7 +367,16 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
         chunk_total[:n_slots] = 0.0
         for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
             high = min(low + BLOCK, n_classes)
-            _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage)
+            if kept is None:
+                _target_block(
+                    x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage, None
+                )
+            else:
+                _target_block(
+                    x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage, scratch.kept
+                )
+                if n_classes > BLOCK:
+                    _unstage_classes(scratch.kept, kept, kept_offsets, n, kept_stride, low, high, width)
             _add_block(chunk_total, sums, n_slots)
         _add_block(total, chunk_total, n_slots)
     for slot in range(0, n_slots, n_lanes):

@@ -31,7 +31,7 @@ from fastloss._kernels._simd import (
     tree_sum,
     where,
 )
-from fastloss._kernels._vecmath import exp, exp_difference
+from fastloss._kernels._vecmath import exp, exp_and_difference, exp_difference
 from fastloss._kernels.driver import BLOCK, CHUNK, GROUP
 
 # How far ahead of the loads memory is asked for, in bytes. The CPU's own prefetcher starts anew with every page of 4
@@ -61,8 +61,18 @@ def _near(distance):
 
 
 @inline
-def _target_block(x, origin, low, high, n_classes, target, shift):
-    """Sum exp(x - shift) over the classes ``low .. high`` but the target."""
+def target_term(v, shifts, kept, at):
+    """exp(v - shift), of which the value as if the difference were exact is ``kept`` (if that is an array)."""
+    if kept is None:
+        return exp(v - shifts)
+    e, exact = exp_and_difference(v, shifts)
+    store(kept, at, exact)
+    return e
+
+
+@inline
+def _target_block(x, origin, low, high, n_classes, target, shift, kept, kept_origin):
+    """Sum exp(x - shift) over the classes ``low .. high`` but the target; keep all of them, see :func:`target_row`."""
     n_lanes = lanes(shift)
     zero, shifts = splat(scalar(0.0, shift)), splat(shift)
     lane = iota(shift)
@@ -72,15 +82,15 @@ def _target_block(x, origin, low, high, n_classes, target, shift):
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low, end, n_lanes):
         prefetch(x, c - origin, AHEAD)
-        d = load(x, c - origin, shift) - shifts
-        total = total + where(distance == at_target, zero, exp(d))
+        e = target_term(load(x, c - origin, shift), shifts, kept, c - kept_origin)
+        total = total + where(distance == at_target, zero, e)
         distance = distance + step
     if end < high:
         begin, first, last = tail(low, high, n_classes, n_lanes)
         valid = (lane >= splat(integer_like(first, shift))) & (lane < splat(integer_like(last, shift)))
         distance = lane - splat(integer_like(_near(target - begin), shift))
-        d = load(x, begin - origin, shift) - shifts
-        total = total + where(valid & (distance != at_target), exp(d), zero)
+        e = target_term(load(x, begin - origin, shift), shifts, kept, begin - kept_origin)
+        total = total + where(valid & (distance != at_target), e, zero)
     return tree_sum(total)
 
 
@@ -95,15 +105,29 @@ def _block_of(x, offset, stride, low, high, n_classes, n_lanes, stage):
 
 
 @inline
-def target_row(x, offset, stride, n_classes, target, shift, stage):
-    """Sum exp(x[c] - shift) over all classes but the target, in float64."""
+def target_row(x, offset, stride, n_classes, target, shift, stage, kept, kept_offset, kept_stride, kept_stage):
+    """Sum exp(x[c] - shift) over all classes but the target, in float64.
+
+    All of them, the target's own included, are written to ``kept``, if that is an array.
+    """
     total = 0.0
+    kept_directly = kept_stride == 1 and n_classes >= lanes(shift)
     for chunk in range(0, n_classes, CHUNK):
         chunk_total = 0.0
         for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
             high = min(low + BLOCK, n_classes)
             source, origin = _block_of(x, offset, stride, low, high, n_classes, lanes(shift), stage)
-            chunk_total += np.float64(_target_block(source, origin, low, high, n_classes, target, shift))
+            if kept is None:
+                block_total = _target_block(source, origin, low, high, n_classes, target, shift, None, origin)
+            else:
+                first = max(0, min(low, high - lanes(shift)))
+                sink = kept if kept_directly else kept_stage
+                sink_origin = -kept_offset if kept_directly else first
+                block_total = _target_block(source, origin, low, high, n_classes, target, shift, sink, sink_origin)
+                if not kept_directly:
+                    for c in range(low, high):
+                        kept[kept_offset + c * kept_stride] = kept_stage[c - first]
+            chunk_total += np.float64(block_total)
         total += chunk_total
     return total
 
@@ -323,13 +347,16 @@ def gather_targets(x, offsets, stride, n, targets, shifts):
 
 
 @inline
-def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch):
+def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, kept, kept_offsets, kept_stride):
     """:func:`target_row` of each row of a tile that has a target, and the logits of the targets, the ``shifts``."""
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     gather_targets(x, offsets, stride, n, targets, shifts)
     for i in range(n):
         if targets[i] >= 0:
-            rest[i] = target_row(x, offsets[i], stride, n_classes, targets[i], shifts[i], scratch.stage)
+            rest[i] = target_row(
+                x, offsets[i], stride, n_classes, targets[i], shifts[i], scratch.stage,
+                kept, kept_offsets[i], kept_stride, scratch.out_stage,
+            )  # fmt: skip
 
 
 @inline

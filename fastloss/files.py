@@ -34,7 +34,7 @@ __all__ = ["FileScores", "ScoreError", "ScoredRow", "score_file"]
 
 # The bytes of a chunk: 32 MiB take some milliseconds, starting the threads for them some 0.04. Less where max_memory
 # asks for it: rows that are copied, as they may be to find the predictions, take as much again.
-CHUNK_BYTES = 1 << 25
+CHUNK_BYTES = 1 << 26
 _SHARE_OF_MEMORY = 4
 # What is held of each row besides its logits: its loss, target and prediction, and where it is, in 8 bytes each.
 _ROW_BYTES = 64

@@ -32,9 +32,9 @@ from fastloss._validation import Array
 
 __all__ = ["FileScores", "ScoreError", "ScoredRow", "score_file"]
 
-# The bytes of a chunk: 64 MiB take some milliseconds, and the threads wait for each other at the end of each (with 32
-# MiB a file of 262 MB takes 1.2 times as long). Less where max_memory
-# asks for it: rows that are copied, as they may be to find the predictions, take as much again.
+# The bytes of a chunk: 64 MiB take some milliseconds, and the threads wait for each other at the end of each (with
+# 32 MiB a file of 262 MB takes 1.2 times as long). Less where max_memory asks for it: rows that are copied, as they may
+# be to find the predictions, take as much again.
 CHUNK_BYTES = 1 << 26
 _SHARE_OF_MEMORY = 4
 # What is held of each row besides its logits: its loss, target and prediction, and where it is, in 8 bytes each.

@@ -320,7 +320,7 @@ def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, k
     scaled down. The chunks are joined from the first on.
 
     A group is searched while the one before is summed, which costs little: the sums keep the units that multiply busy,
-    the search those that add. Without it, the sums would wait for the search of each row: log-sum-exp of 65,536 x 1000
+    the search those that add. Searched and then summed, row by row, each behind a call, log-sum-exp of 65,536 x 1000
     takes 1.13 times as long, label smoothing 1.18 times.
     """
     nan = scalar(np.nan, like)

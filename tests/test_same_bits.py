@@ -1,4 +1,4 @@
-"""The same bits for any number of threads and on every run."""
+"""The same bits for any number of threads, on every run and on every CPU."""
 
 import json
 import os
@@ -62,8 +62,8 @@ print(json.dumps([n_threads, first]))
 """
 
 
-def hashes_with(n_threads):
-    environment = {**os.environ, "NUMBA_NUM_THREADS": str(n_threads)}
+def hashes_with(n_threads, **settings):
+    environment = {**os.environ, "NUMBA_NUM_THREADS": str(n_threads), **settings}
     environment.pop("NUMBA_DISABLE_JIT", None)
     command = [sys.executable, "-c", SCRIPT]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
@@ -78,6 +78,11 @@ def test_any_number_of_threads():
     assert len(one) == 33
     assert one == two
     assert one == four
+
+
+def test_code_for_any_cpu():
+    """Without this CPU's vectors and fused operations."""
+    assert hashes_with(2, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == hashes_with(2)
 
 
 @pytest.fixture(scope="module")

@@ -274,24 +274,21 @@ class _Lowering(NativeLowering):
         return _HelperLower
 
 
+class _IntoKernelLibrary:
+    def run_pass(self, state):
+        state.library = _KernelLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.library.enable_object_caching()
+        return super().run_pass(state)
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
-class _KernelLowering(NativeLowering):
+class _KernelLowering(_IntoKernelLibrary, NativeLowering):
     _name = "fastloss_kernel_lowering"
 
-    def run_pass(self, state):
-        state.library = _KernelLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.library.enable_object_caching()
-        return super().run_pass(state)
-
 
 @register_pass(mutates_CFG=True, analysis_only=False)
-class _ParallelKernelLowering(NativeParforLowering):
+class _ParallelKernelLowering(_IntoKernelLibrary, NativeParforLowering):
     _name = "fastloss_parallel_kernel_lowering"
-
-    def run_pass(self, state):
-        state.library = _KernelLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
-        state.library.enable_object_caching()
-        return super().run_pass(state)
 
 
 class _Flags(Flags):

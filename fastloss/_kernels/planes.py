@@ -12,6 +12,7 @@ import numpy as np
 
 from fastloss._kernels import tiles
 from fastloss._kernels._jit import inline, subroutine
+from fastloss._kernels._memory import CACHE_LINE
 from fastloss._kernels._simd import (
     any_lane,
     copy,
@@ -52,7 +53,6 @@ AHEAD_ROWS = 1024
 # How many bytes ahead contiguous rows of few classes are asked for, in the second-level cache. The CPU's own prefetcher
 # falls behind: without, 5,000,000 x 2 takes 1.4 times as long, 1,000,000 x 10 and 8 x 512 x 512 x 21 1.3 times.
 AHEAD_CONTIGUOUS = 16384
-CACHE_LINE = 64
 
 
 @inline

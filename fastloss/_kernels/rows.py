@@ -91,7 +91,7 @@ def _target_block(x, origin, low, high, n_classes, target, shift, kept, kept_ori
         distance = lane - splat(integer_like(_near(target - begin), shift))
         e = target_term(load(x, begin - origin, shift), shifts, kept, begin - kept_origin)
         total = total + where(valid & (distance != at_target), e, zero)
-    return tree_sum(total)
+    return total
 
 
 @inline
@@ -114,8 +114,10 @@ def target_row(x, offset, stride, n_classes, target, shift, stage, kept, kept_of
     kept_directly = kept_stride == 1 and n_classes >= lanes(shift)
     for chunk in range(0, n_classes, CHUNK):
         chunk_total = 0.0
+        block_total = splat(scalar(0.0, shift))
         for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
             high = min(low + BLOCK, n_classes)
+            held = block_total
             source, origin = _block_of(x, offset, stride, low, high, n_classes, lanes(shift), stage)
             if kept is None:
                 block_total = _target_block(source, origin, low, high, n_classes, target, shift, None, origin)
@@ -127,8 +129,8 @@ def target_row(x, offset, stride, n_classes, target, shift, stage, kept, kept_of
                 if not kept_directly:
                     for c in range(low, high):
                         kept[kept_offset + c * kept_stride] = kept_stage[c - first]
-            chunk_total += np.float64(block_total)
-        total += chunk_total
+            chunk_total += np.float64(tree_sum(held))
+        total += chunk_total + np.float64(tree_sum(block_total))
     return total
 
 
@@ -217,7 +219,7 @@ def _max_shift_block(
             m = class_mass(y, begin - y_origin, weight, begin, keep, spread, like)
             moment = where(valid, fma(m, -d, moment), moment)
             mass = mass + where(valid, m, zero)
-    return tree_sum(total), tree_sum(moment), tree_sum(mass), ties, ahead_largest
+    return total, moment, mass, ties, ahead_largest
 
 
 @inline
@@ -247,6 +249,38 @@ def merge(largest, rest, moment, mass, other_largest, other_rest, other_moment, 
         rest = rest + other_rest + (1.0 if largest > -np.inf else 0.0)
         moment = moment + other_moment
     return largest, rest, moment, mass + other_mass
+
+
+@subroutine
+def _sum_group(
+    x, origin, ahead, low, high, n_classes, shift, y, y_offset, y_stride, weight, keep, spread, exact, y_stage,
+    rest, moment, mass,
+):  # fmt: skip
+    """Add the blocks of a group to the sums of its chunk; see :func:`_max_shift_block`."""
+    zero = splat(scalar(0.0, shift))
+    ties, ahead_largest = zero, splat(scalar(-np.inf, shift))
+    s, a, m = zero, zero, zero
+    for block in range(low, high, BLOCK):
+        end = min(block + BLOCK, high)
+        held_s, held_a, held_m = s, a, m
+        if y is None:
+            s, a, m, ties, ahead_largest = _max_shift_block(
+                x, origin, ahead, block, end, n_classes, shift, None, origin, weight, keep, spread, exact,
+                ties, ahead_largest,
+            )  # fmt: skip
+        else:
+            y_source, y_origin = _block_of(y, y_offset, y_stride, block, end, n_classes, lanes(shift), y_stage)
+            s, a, m, ties, ahead_largest = _max_shift_block(
+                x, origin, ahead, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread, exact,
+                ties, ahead_largest,
+            )  # fmt: skip
+        rest += np.float64(tree_sum(held_s))
+        moment += np.float64(tree_sum(held_a))
+        mass += np.float64(tree_sum(held_m))
+    rest += np.float64(tree_sum(s))
+    moment += np.float64(tree_sum(a))
+    mass += np.float64(tree_sum(m))
+    return rest, moment, mass, np.float64(tree_sum(ties)), tree_max(ahead_largest)
 
 
 @inline
@@ -280,26 +314,12 @@ def _max_shift_row(
                 ahead = to_next
             elif in_place and group + 2 * GROUP <= n_classes:
                 ahead = np.int64(GROUP)
-            ties, ahead_largest = splat(scalar(0.0, like)), splat(scalar(-np.inf, like))
-            for block in range(group, group_end, BLOCK):
-                end = min(block + BLOCK, high)
-                if y is None:
-                    s, a, m, ties, ahead_largest = _max_shift_block(
-                        source, origin, ahead, block, end, n_classes, shift, None, origin, weight, keep, spread, exact,
-                        ties, ahead_largest,
-                    )  # fmt: skip
-                else:
-                    y_source, y_origin = _block_of(y, y_offset, y_stride, block, end, n_classes, n_lanes, stages[1])
-                    s, a, m, ties, ahead_largest = _max_shift_block(
-                        source, origin, ahead, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread,
-                        exact,
-                        ties, ahead_largest,
-                    )  # fmt: skip
-                chunk_rest += np.float64(s)
-                chunk_moment += np.float64(a)
-                chunk_mass += np.float64(m)
-            chunk_ties += np.float64(tree_sum(ties))
-            known = tree_max(ahead_largest) if ahead != 0 else scalar(np.nan, like)
+            chunk_rest, chunk_moment, chunk_mass, group_ties, ahead_largest = _sum_group(
+                source, origin, ahead, group, group_end, n_classes, shift, y, y_offset, y_stride, weight, keep, spread,
+                exact, stages[1], chunk_rest, chunk_moment, chunk_mass,
+            )  # fmt: skip
+            chunk_ties += group_ties
+            known = ahead_largest if ahead != 0 else scalar(np.nan, like)
         if chunk_largest > -np.inf:
             chunk_rest += chunk_ties - 1.0
         if low == 0:

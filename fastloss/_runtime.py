@@ -173,8 +173,10 @@ def run_tiles(
     Long calls in cuts, each some whole tasks: a geometry that ends early, and a ledger whose next task is the first.
     What the ledger holds is exact, so the cuts leave no trace in the result.
     """
+    weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
+    dtypes = x.dtype, y.dtype, weights, out.dtype
     if n_elements <= FIRST_CUT:
-        return _run_cut(kernel, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+        return run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
     n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
     n_tasks = -(-n_tiles // task)
     cut = geometry.copy()
@@ -186,15 +188,16 @@ def run_tiles(
         end = min(n_tasks, begin + size)
         cut[N_TILES] = min(n_tiles, end * task)
         ledger[0, NEXT_TASK] = begin
-        found = _run_cut(kernel, n_elements, ledger, x, y, weight, out, cut, keep, spread)
+        found = run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, cut, keep, spread)
         begin = end
         elapsed = max(time.perf_counter() - started, 1e-6)
         size = max(1, int(size * min(CUT_SECONDS / elapsed, CUT_GROWTH)))
     return found
 
 
-def _run_cut(
+def run_cut(
     kernel: "TileKernel",
+    dtypes: tuple[Any, ...],
     n_elements: int,
     ledger: Array,
     x: Array,
@@ -205,10 +208,10 @@ def _run_cut(
     keep: float,
     spread: float,
 ) -> Any:
+    """Run a kernel over the tiles of a geometry at once, the flat memory of the arrays seen as these dtypes."""
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
     try:
-        weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
-        entry = kernel.entry(n_workers > 1, x.dtype, y.dtype, weights, out.dtype)
+        entry = kernel.entry(n_workers > 1, *dtypes)
         return entry(n_workers, ledger, x, y, weight, out, geometry, keep, spread)
     finally:
         if n_workers > 1:

@@ -134,7 +134,7 @@ def cross_entropy(
         and type(label_smoothing) is float
     ):
         key = input.dtype, input.shape, target.dtype, target.shape, ignore_index, reduction, label_smoothing
-        call = _small_calls.get(key)
+        call = _short_calls.get(key)
         if call is not None and (value := call(input, target)) is not None:
             return value
     reduction = _reduction.resolve(reduction, size_average, reduce)
@@ -220,7 +220,7 @@ def nll_loss(
         and type(reduction) is str
     ):
         key = "nll_loss", input.dtype, input.shape, target.dtype, target.shape, ignore_index, reduction
-        call = _small_calls.get(key)
+        call = _short_calls.get(key)
         if call is not None and (value := call(input, target)) is not None:
             return value
     reduction = _reduction.resolve(reduction, size_average, reduce)
@@ -305,7 +305,7 @@ def kl_div(
         and type(log_target) is bool
     ):
         key = "kl_div", input.dtype, input.shape, target.dtype, target.shape, reduction, log_target
-        call = _small_calls.get(key)
+        call = _short_calls.get(key)
         if call is not None and (value := call(input, target)) is not None:
             return value
     reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
@@ -490,7 +490,7 @@ def logsumexp(
         and (keepdims is _UNSET or type(keepdims) is bool)
     ):
         key = "logsumexp", input.dtype, input.shape, axis, keepdims
-        call = _small_calls.get(key)
+        call = _short_calls.get(key)
         if call is not None and (value := call(input, input)) is not None:
             return value
     values = _validation.as_real(input, "input")
@@ -521,12 +521,12 @@ def _check(
     return logits, labels, axis, weights
 
 
-# Small calls of the commonest form, without weights: by all that the checks look at (function, dtypes, shapes, options;
+# Short calls of the commonest form, without weights: by all that the checks look at (function, dtypes, shapes, options;
 # those of options that are equal mean the same), what is left to do once such a call has passed them. It takes arrays
 # in any layout, and gives None where its result is not that simple: the arrays are not C-contiguous, a target is out of
 # range. With 32 rows of 10 classes the checks would take two thirds of the time.
-_MOST_SMALL_CALLS = 512
-_small_calls: dict[Any, Callable[[Any, Any], Any]] = {}
+_MOST_SHORT_CALLS = 512
+_short_calls: dict[Any, Callable[[Any, Any], Any]] = {}
 
 
 def _is_plain(array: Array, is_index: bool = False) -> bool:
@@ -548,24 +548,29 @@ def _remember(
     keep: float = 1.0,
     spread: float = 0.0,
 ) -> None:
-    """Keep what the call of a kernel comes down to, if it is a small one.
+    """Keep what the call of a kernel comes down to, if it is a short one.
 
     Its arrays are seen as ``dtypes``. The result is an array of a shape; without a shape it is the sum over ``divisor``
     (0: the number of targets kept).
     """
     runtime = _forks.runtime()
-    if key is None or n_elements >= runtime.PARALLEL_THRESHOLD:
+    if key is None or n_elements > runtime.FIRST_CUT:
         return
-    entry = kernel.entry(False, *dtypes, weight.dtype, dtype)
+    seen = *dtypes, weight.dtype, dtype
     # (The product is exact, and made in a fifth of the time that the type takes. Before NumPy 2 it is a float64.)
     scalar = dtype.type(1).__mul__ if type(dtype.type(1) * 1.0) is dtype.type else dtype.type
     ledger, one = runtime.NO_LEDGER, _views.one(dtype)
+    # What is too small for threads needs nothing of the runtime.
+    entry = kernel.entry(False, *seen) if n_elements < runtime.PARALLEL_THRESHOLD else None
 
     def scalar_call(input: Array, target: Array) -> Any:
-        if n_elements >= runtime.PARALLEL_THRESHOLD:
-            return None
         try:
-            total, _, kept, bad = entry(1, ledger, input, target, weight, one, table, keep, spread)
+            if entry is not None and n_elements < runtime.PARALLEL_THRESHOLD:
+                total, _, kept, bad = entry(1, ledger, input, target, weight, one, table, keep, spread)
+            else:
+                total, _, kept, bad = runtime.run_cut(
+                    kernel, seen, n_elements, ledger, input, target, weight, one, table, keep, spread
+                )
         except BufferError:
             return None
         count = divisor or kept
@@ -575,18 +580,21 @@ def _remember(
         return scalar(value) if -_LARGEST_FLOAT32 < value < _LARGEST_FLOAT32 else _scalar(value, dtype)
 
     def array_call(input: Array, target: Array) -> Any:
-        if n_elements >= runtime.PARALLEL_THRESHOLD:
-            return None
         out = np.empty(shape or (), dtype)
         try:
-            _, _, _, bad = entry(1, ledger, input, target, weight, out, table, keep, spread)
+            if entry is not None and n_elements < runtime.PARALLEL_THRESHOLD:
+                _, _, _, bad = entry(1, ledger, input, target, weight, out, table, keep, spread)
+            else:
+                _, _, _, bad = runtime.run_cut(
+                    kernel, seen, n_elements, ledger, input, target, weight, out, table, keep, spread
+                )
         except BufferError:
             return None
         return None if bad else out[()]
 
-    if len(_small_calls) >= _MOST_SMALL_CALLS:
-        _small_calls.clear()
-    _small_calls[key] = scalar_call if shape is None else array_call
+    if len(_short_calls) >= _MOST_SHORT_CALLS:
+        _short_calls.clear()
+    _short_calls[key] = scalar_call if shape is None else array_call
 
 
 def _remember_index_loss(
@@ -599,7 +607,7 @@ def _remember_index_loss(
     label_smoothing: float,
     is_nll: bool,
 ) -> None:
-    """Keep a call of :func:`cross_entropy` or :func:`nll_loss` with class indices, if it is a small one."""
+    """Keep a call of :func:`cross_entropy` or :func:`nll_loss` with class indices, if it is a short one."""
     if key is None or not (labels.size and _is_plain(logits) and _is_plain(labels, is_index=True)):
         return
     dtype, n_classes = _views.compute_dtype(logits.dtype), logits.shape[axis]
@@ -627,7 +635,7 @@ def _remember_index_loss(
 def _remember_kl(
     key: Any, log_probabilities: Array, target: Array, dtype: np.dtype[Any], reduction: str, log_target: bool
 ) -> None:
-    """Keep a call of :func:`kl_div`, if it is a small one of two arrays of one shape."""
+    """Keep a call of :func:`kl_div`, if it is a short one of two arrays of one shape."""
     shape = log_probabilities.shape
     is_plain = target.shape == shape and _is_plain(log_probabilities) and _is_plain(target)
     if key is None or not (is_plain and target.size):
@@ -931,7 +939,7 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
     key = None
     if type(input) is np.ndarray and (axis is _UNSET or type(axis) is int):
         key = "log_softmax" if is_log else "softmax", input.dtype, input.shape, axis
-        call = _small_calls.get(key)
+        call = _short_calls.get(key)
         if call is not None and (value := call(input, input)) is not None:
             return value
     values = _validation.as_real(input, "input")

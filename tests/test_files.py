@@ -39,7 +39,7 @@ def shards(tmp_path, rng, monkeypatch):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Seven rows of seven float32 at a time."""
-    monkeypatch.setattr(files, "CHUNK_BYTES", 7 * (7 * 4 + files._ROW_BYTES))
+    monkeypatch.setattr(files, "CHUNK_BYTES", 7 * (7 * 4 + 8))
 
 
 def same(got, expected):
@@ -306,7 +306,7 @@ class TestResume:
             with pytest.raises(KeyboardInterrupt):
                 fastloss.score_file("x", "t", **options)
         assert not Path("out.npy").exists()
-        monkeypatch.setattr(files, "CHUNK_BYTES", 1000)  # (the bits do not depend on it)
+        monkeypatch.setattr(files, "CHUNK_BYTES", 400)  # (the bits do not depend on it)
         count = iter(range(1000))
         score = files._Run._score
         monkeypatch.setattr(files._Run, "_score", lambda *a: (next(count), score(*a)))
@@ -338,7 +338,7 @@ class TestResume:
         np.save("t.npy", targets)
         for n_chunks in range(1, 8):
             with monkeypatch.context() as patch:
-                patch.setattr(files, "CHUNK_BYTES", 8 * (7 * 8 + files._ROW_BYTES))
+                patch.setattr(files, "CHUNK_BYTES", 8 * (7 * 8 + 8))
                 stop_after(patch, n_chunks)
                 with pytest.raises(KeyboardInterrupt):
                     fastloss.score_file("x.npy", "t.npy", output="out.npy", resume="state")
@@ -416,7 +416,7 @@ class TestResume:
 SLOWLY = """
 import sys, time
 from fastloss import cli, files
-files.CHUNK_BYTES, files.SAVE_SECONDS = 1000, 0.0
+files.CHUNK_BYTES, files.SAVE_SECONDS = 400, 0.0
 score = files._Run._score
 def slowly(*arguments):
     score(*arguments)

@@ -821,8 +821,9 @@ class _Run:
             done = done._replace(written=done.written + n_rows)
         self._bytes += logits.nbytes + targets.nbytes
         self.done = done
-        _release_pages(logits)
-        _release_pages(targets)
+        if done.rows < shard.n_rows:  # (else the whole file will be unmapped)
+            _release_pages(logits)
+            _release_pages(targets)
 
     def _look_closer(
         self, pair: _Pair, shard: _Shard, logits: Array, targets: Array, losses: Array, has_probabilities: bool

@@ -45,6 +45,11 @@ SAVE_SECONDS = 5.0
 
 N_WORST = 5
 
+# Some rows are looked through one by one from so many classes on; with fewer classes together, which copies them, or if
+# this times their number is more than all rows, all of them, which need not be copied.
+_MANY_CLASSES = 8192
+_SHARE_OF_ROWS = 3
+
 # How far a loss must be from -log(1/2) or -log(1/C) to tell whether the prediction is right: far beyond its error.
 _SLACK = 1e-3
 
@@ -643,14 +648,16 @@ class _Rows:
 
     def predicted(self, places: Array) -> Array:
         """Those of some rows."""
-        if 2 * places.size > math.prod(self._shape):
-            return self.predictions()[places]
-        n_classes = self._logits.shape[1]
         classes_last = np.moveaxis(self._logits, 1, -1)
+        n_classes = classes_last.shape[-1]
+        if n_classes < _MANY_CLASSES and _SHARE_OF_ROWS * places.size > math.prod(self._shape):
+            return self.predictions()[places]
         found = np.empty(places.size, np.intp)
-        step = max(1, _views.PIECE // n_classes)
+        step = 1 if n_classes >= _MANY_CLASSES else _views.PIECE // n_classes
         for begin in range(0, places.size, step):
-            piece = np.unravel_index(places[begin : begin + step], self._shape)
+            piece: tuple[Any, ...] = np.unravel_index(places[begin : begin + step], self._shape)
+            if step == 1:
+                piece = tuple(int(index[0]) for index in piece)  # a view
             found[begin : begin + step] = classes_last[piece].argmax(axis=-1)
         return found
 

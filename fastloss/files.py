@@ -45,10 +45,8 @@ SAVE_SECONDS = 5.0
 
 N_WORST = 5
 
-# Some rows are looked through one by one from so many classes on; with fewer classes together, which copies them, or if
-# this times their number is more than all rows, all of them, which need not be copied.
+# Some of the rows are looked through one by one from so many classes on: with fewer, copying many at a time is faster.
 _MANY_CLASSES = 8192
-_SHARE_OF_ROWS = 3
 
 # How far a loss must be from -log(1/2) or -log(1/C) to tell whether the prediction is right: far beyond its error.
 _SLACK = 1e-3
@@ -650,7 +648,7 @@ class _Rows:
         """Those of some rows."""
         classes_last = np.moveaxis(self._logits, 1, -1)
         n_classes = classes_last.shape[-1]
-        if n_classes < _MANY_CLASSES and _SHARE_OF_ROWS * places.size > math.prod(self._shape):
+        if n_classes < _MANY_CLASSES and 2 * places.size > math.prod(self._shape):
             return self.predictions()[places]
         found = np.empty(places.size, np.intp)
         step = 1 if n_classes >= _MANY_CLASSES else _views.PIECE // n_classes

@@ -32,18 +32,21 @@ from fastloss._validation import Array
 
 __all__ = ["FileScores", "ScoreError", "ScoredRow", "score_file"]
 
-# The bytes of a chunk: 64 MiB take some milliseconds, and the threads wait for each other at the end of each (with
-# 32 MiB a file of 262 MB takes 1.2 times as long). Less where max_memory asks for it: rows that are copied, as they may
-# be to find the predictions, take as much again.
-CHUNK_BYTES = 1 << 26
-_SHARE_OF_MEMORY = 4
-# What is held of each row besides its logits: its loss, target and prediction, and where it is, in 8 bytes each.
+# The bytes of the files that are mapped at a time: as many as max_memory, so that not even what is mapped of the
+# system's cache takes more; and no more than these, for a disk to be heard of every few seconds.
+CHUNK_BYTES = 1 << 28
+# Rows whose losses are wanted one by one take memory: the loss, target and prediction of each, and where it is, in 8
+# bytes each. They may take this share of max_memory.
 _ROW_BYTES = 64
+_SHARE_OF_MEMORY = 4
 
 # How often the state is saved for a later run to go on from, in seconds.
 SAVE_SECONDS = 5.0
 
 N_WORST = 5
+
+# Some of the rows are looked through one by one from so many classes on: with fewer, copying many at a time is faster.
+_MANY_CLASSES = 8192
 
 # How far a loss must be from -log(1/2) or -log(1/C) to tell whether the prediction is right: far beyond its error.
 _SLACK = 1e-3
@@ -114,7 +117,7 @@ def read_array(name: str, members: Sequence[str], beside_logits: bool = False, m
             if magic == b"\x93NUMPY":
                 if beside_logits:
                     raise ScoreError(f"{path}: {_NO_TARGETS}")
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
+                array = _map(file)
             elif magic.startswith(b"PK"):
                 file.seek(0)
                 with np.load(file, allow_pickle=False) as archive:
@@ -132,6 +135,29 @@ def read_array(name: str, members: Sequence[str], beside_logits: bool = False, m
             f"{name}: dtype |V2, which is how bfloat16 is saved (.npy files cannot name it); save it as float32"
         )
     return np.asarray(array)
+
+
+# The headers of .npy files: of the third version are those of records alone.
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def _map(file: IO[bytes]) -> Array:
+    """The array of an open ``.npy`` file, mapped into memory.
+
+    (As ``np.load`` does it, which opens the file three times more.) Where the system keeps a file in large pieces, as
+    ext4 of Linux 6.18 does, mapping it costs a few percent of scoring it. Where it keeps single pages, each costs more
+    than to score it; but so it does to read it into a buffer, copied besides: slower in every case measured.
+    """
+    file.seek(0)
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"version {version} of the format, expected one of {', '.join(map(str, _HEADERS))}")
+    shape, is_fortran, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects")
+    begin = file.tell()
+    memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.ndarray(shape, dtype, memory, begin, order="F" if is_fortran else "C")
 
 
 def _choose_member(
@@ -342,8 +368,11 @@ def _check_length(array: Array, name: str) -> None:
 def _release_pages(array: Array) -> None:
     """Unmap what was read of a memory-mapped file: it stays in the system's cache, but counts no more as ours."""
     owner = _owner(array)
-    if owner is not None and sys.platform != "win32":
-        owner.madvise(mmap.MADV_DONTNEED)
+    if owner is not None and array.size and hasattr(mmap, "MADV_DONTNEED"):
+        address = array.__array_interface__["data"][0] - np.frombuffer(owner, np.uint8).__array_interface__["data"][0]
+        end = address + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+        begin = address - address % mmap.PAGESIZE
+        owner.madvise(mmap.MADV_DONTNEED, begin, end + array.itemsize - begin)
 
 
 # ---------------------------------------------------------------------------------------------------------- results
@@ -598,23 +627,35 @@ def worst_first(losses: Array, count: int) -> Array:
 
 
 class _Rows:
-    """The rows of a chunk of logits, in C order."""
+    """The rows of a chunk of logits, in C order. What NumPy copies of them to find their maxima it copies in pieces."""
 
     def __init__(self, logits: Array) -> None:
         self._logits = logits
+        if logits.size and logits.flags.c_contiguous and _views.lies_well(logits):
+            # Writeable in name: NumPy would copy what is read-only.
+            flat, _ = _views.flatten(logits)
+            self._logits = flat.view(logits.dtype).reshape(logits.shape)
         self._shape = _validation.row_shape(logits.shape, 1)
 
+    def predictions(self) -> Array:
+        """The class of the largest logit (the first of equal ones) of every row."""
+        found = np.empty(self._shape, np.intp)
+        for cut in _views.pieces(self._logits.shape, (1,)):
+            found[_views.without(cut, 1)] = self._logits[cut].argmax(axis=1)
+        return found.reshape(-1)
+
     def predicted(self, places: Array) -> Array:
-        """The class of the largest logit (the first of equal ones) of some rows, in pieces."""
-        n_rows, n_classes = math.prod(self._shape), self._logits.shape[1]
-        if 2 * places.size > n_rows:
-            everywhere: Array = self._logits.argmax(axis=1).reshape(-1)
-            return everywhere[places]
+        """Those of some rows."""
         classes_last = np.moveaxis(self._logits, 1, -1)
+        n_classes = classes_last.shape[-1]
+        if n_classes < _MANY_CLASSES and 2 * places.size > math.prod(self._shape):
+            return self.predictions()[places]
         found = np.empty(places.size, np.intp)
-        step = max(1, _views.PIECE // n_classes)
+        step = 1 if n_classes >= _MANY_CLASSES else _views.PIECE // n_classes
         for begin in range(0, places.size, step):
-            piece = np.unravel_index(places[begin : begin + step], self._shape)
+            piece: tuple[Any, ...] = np.unravel_index(places[begin : begin + step], self._shape)
+            if step == 1:
+                piece = tuple(int(index[0]) for index in piece)  # a view
             found[begin : begin + step] = classes_last[piece].argmax(axis=-1)
         return found
 
@@ -725,10 +766,15 @@ class _Run:
             raise ScoreError(f"{self._output.name}: {error.strerror or error}") from None
 
     def _chunk_rows(self, shard: _Shard) -> int:
-        row_bytes: int = shard.logits.shape[1] * shard.logits.itemsize + _ROW_BYTES
-        if shard.targets.ndim == shard.logits.ndim:
-            row_bytes += shard.targets.shape[1] * shard.targets.itemsize
-        return max(1, min(CHUNK_BYTES, self._max_memory // _SHARE_OF_MEMORY) // row_bytes)
+        row_bytes = max(1.0, (shard.logits.nbytes + shard.targets.nbytes) / max(1, shard.n_rows))
+        rows = min(CHUNK_BYTES, self._max_memory) / row_bytes
+        if self._wants_rows:
+            rows = min(rows, self._max_memory / _SHARE_OF_MEMORY / _ROW_BYTES)
+        return max(1, int(rows))
+
+    @property
+    def _wants_rows(self) -> bool:
+        return self._details or self._output is not None
 
     def _begin_output(self) -> None:
         """The output's shape is that of all shards, one after the other. (What cannot be read stops the run later.)"""
@@ -764,8 +810,7 @@ class _Run:
         targets = shard.targets[at_classes if has_probabilities else where]
         _check_length(shard.logits, pair.logits)
         _check_length(shard.targets, pair.targets or pair.logits)
-        wants_rows = self._details or self._output is not None
-        losses = np.empty(_validation.row_shape(logits.shape, 1), self._dtype(shard)) if wants_rows else None
+        losses = np.empty(_validation.row_shape(logits.shape, 1), self._dtype(shard)) if self._wants_rows else None
         try:
             self._stream._update(logits, targets, losses)
         except IndexError:
@@ -781,8 +826,9 @@ class _Run:
             done = done._replace(written=done.written + n_rows)
         self._bytes += logits.nbytes + targets.nbytes
         self.done = done
-        _release_pages(shard.logits)
-        _release_pages(shard.targets)
+        if done.rows < shard.n_rows:  # (else the whole file will be unmapped)
+            _release_pages(logits)
+            _release_pages(targets)
 
     def _look_closer(
         self, pair: _Pair, shard: _Shard, logits: Array, targets: Array, losses: Array, has_probabilities: bool
@@ -794,7 +840,7 @@ class _Run:
         """
         rows = _Rows(logits)
         losses = losses.reshape(-1)
-        labels = targets.argmax(axis=1).reshape(-1) if has_probabilities else targets.reshape(-1)
+        labels = _Rows(targets).predictions() if has_probabilities else targets.reshape(-1)
         kept = np.arange(losses.size)
         if not has_probabilities:
             kept = np.flatnonzero(labels != self._stream.ignore_index)
@@ -936,7 +982,8 @@ def score_file(
     The loss has the bits that one call over all rows gives, for every size of chunks and shards, and for a run that was
     interrupted, killed included.
 
-    What was read of a file is unmapped at once, so that it stays in the system's cache alone. The state is written to
+    No more than `max_memory` is mapped of a file at a time (of one in Fortran order all of it), and what was read is
+    unmapped, so that it stays in the system's cache alone. The state is written to
     another file that then takes its place, and only after the losses that it speaks of have reached the disk.
 
     Examples

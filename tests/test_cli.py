@@ -496,7 +496,7 @@ def test_bfloat16_of_ml_dtypes(files, refused):
     ],
 )
 def test_bad_targets(files, monkeypatch, refused, targets, message):
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + scoring._ROW_BYTES))
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + 8))
     np.save("bad.npy", targets)
     assert refused("logits.npy", "bad.npy").startswith(f"bad.npy: {message}")
 
@@ -629,7 +629,7 @@ def _interrupted(*_):
     ],
 )
 def test_output_survives_a_failure(files, monkeypatch, run, existing, patch, status, message):
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + scoring._ROW_BYTES))
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + 8))
     targets = np.load("targets.npy")
     targets[180] = 99
     np.save("bad.npy", targets)
@@ -694,7 +694,7 @@ def slow_chunks(monkeypatch, seconds):
 
     monkeypatch.setattr(scoring._Run, "_score", slow_score)
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + scoring._ROW_BYTES))
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 10 * (7 * 4 + 8))
 
 
 def test_progress_bar_after_a_second(score_at_terminal, monkeypatch):

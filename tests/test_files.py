@@ -5,6 +5,7 @@ process (memory, SIGKILL) is tried in processes of their own.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -39,7 +40,7 @@ def shards(tmp_path, rng, monkeypatch):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Seven rows of seven float32 at a time."""
-    monkeypatch.setattr(files, "CHUNK_BYTES", 7 * (7 * 4 + files._ROW_BYTES))
+    monkeypatch.setattr(files, "CHUNK_BYTES", 7 * (7 * 4 + 8))
 
 
 def same(got, expected):
@@ -199,6 +200,98 @@ class TestShards:
         assert str(caught.value).startswith(message)
 
 
+def save_as(version):
+    def save(path, array):
+        with Path(path).open("wb") as file:
+            np.lib.format.write_array(file, array, version)
+
+    return save
+
+
+class TestFormats:
+    """What a ``.npy`` file may hold, and how."""
+
+    LAYOUTS = (
+        np.asfortranarray,
+        lambda x: x.astype(x.dtype.newbyteorder()),
+        lambda x: np.asfortranarray(x.astype(x.dtype.newbyteorder())),
+    )
+
+    @pytest.mark.parametrize("lay_out", LAYOUTS, ids=["fortran", "big_endian", "big_endian_fortran"])
+    @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "i4", "u1", "?"])
+    @pytest.mark.parametrize("shape", [(90, 7), (4, 7, 3, 11)])
+    def test_layouts_and_dtypes(self, tmp_path, rng, monkeypatch, shape, dtype, lay_out):
+        monkeypatch.chdir(tmp_path)
+        logits = (abs(rng.normal(0, 3, shape))).astype(dtype)
+        targets = rng.integers(0, 7, shape[:1] + shape[2:])
+        np.save("x.npy", lay_out(logits))
+        np.save("t.npy", lay_out(targets))
+        found = fastloss.score_file("x.npy", "t.npy", output="out.npy", details=True)
+        same(found.loss, fastloss.cross_entropy(logits, targets))
+        same(np.load("out.npy"), fastloss.cross_entropy(logits, targets, reduction="none"))
+        assert found.n_correct == (logits.argmax(1) == targets).sum()
+        for row in found.worst:
+            assert (row.target, row.predicted) == (
+                targets[row.position],
+                np.moveaxis(logits, 1, -1)[row.position].argmax(),
+            )
+
+    @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+    def test_versions_of_the_format(self, shards, version):
+        logits, targets = shards
+        save_as(version)("x.npy", logits)
+        save_as(version)("t.npy", targets)
+        with Path("x.npy").open("ab") as file:
+            file.write(b"more")
+        same(fastloss.score_file("x.npy", "t.npy").loss, fastloss.cross_entropy(logits, targets))
+
+    @pytest.mark.parametrize(
+        ("save", "array", "message"),
+        [
+            (save_as((3, 0)), np.zeros((3, 2)), "version (3, 0) of the format, expected one of (1, 0), (2, 0)"),
+            (save_as((1, 0)), np.array([[None]]), "an array of Python objects"),
+        ],
+        ids=["version", "objects"],
+    )
+    def test_what_is_refused(self, shards, save, array, message):
+        save("x.npy", array)
+        with pytest.raises(ScoreError) as caught:
+            fastloss.score_file("x.npy", "t/part-1.npy")
+        assert str(caught.value) == f"x.npy: cannot be read, truncated or damaged ({message})"
+
+    @pytest.mark.parametrize("size", [1, 5, 6, 9, 60, 127, 128, 687])
+    def test_a_file_cut_anywhere(self, shards, size):
+        os.truncate("x/part-1.npy", size)
+        with pytest.raises(ScoreError, match=r"^x/part-1.npy: (cannot be read, truncated or damaged|neither a .npy)"):
+            fastloss.score_file("x", "t")
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_threads_leave_the_bits(tmp_path, rng, monkeypatch, n_threads):
+    numba = pytest.importorskip("numba")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 20)  # parallel ones
+    logits, targets = rng.normal(0, 9, (3000, 257)).astype(np.float32), rng.integers(0, 257, 3000)
+    np.save("x.npy", logits)
+    np.save("t.npy", targets)
+    expected = fastloss.cross_entropy(logits, targets)
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(n_threads, before))
+    try:
+        found = fastloss.score_file("x.npy", "t.npy", details=True).loss
+        assert numba.get_num_threads() == min(n_threads, before)
+    finally:
+        numba.set_num_threads(before)
+    same(found, expected)
+    assert float(found) == pytest.approx(reference_mean(logits, targets), rel=2e-6)
+
+
+def reference_mean(logits, targets):
+    x = logits.astype(np.float64)
+    x -= x.max(1, keepdims=True)
+    return np.mean(np.log(np.exp(x).sum(1)) - x[np.arange(len(x)), targets])
+
+
 def truncate(path):
     Path(path).write_bytes(Path(path).read_bytes()[:-1])
 
@@ -306,7 +399,7 @@ class TestResume:
             with pytest.raises(KeyboardInterrupt):
                 fastloss.score_file("x", "t", **options)
         assert not Path("out.npy").exists()
-        monkeypatch.setattr(files, "CHUNK_BYTES", 1000)  # (the bits do not depend on it)
+        monkeypatch.setattr(files, "CHUNK_BYTES", 400)  # (the bits do not depend on it)
         count = iter(range(1000))
         score = files._Run._score
         monkeypatch.setattr(files._Run, "_score", lambda *a: (next(count), score(*a)))
@@ -338,7 +431,7 @@ class TestResume:
         np.save("t.npy", targets)
         for n_chunks in range(1, 8):
             with monkeypatch.context() as patch:
-                patch.setattr(files, "CHUNK_BYTES", 8 * (7 * 8 + files._ROW_BYTES))
+                patch.setattr(files, "CHUNK_BYTES", 8 * (7 * 8 + 8))
                 stop_after(patch, n_chunks)
                 with pytest.raises(KeyboardInterrupt):
                     fastloss.score_file("x.npy", "t.npy", output="out.npy", resume="state")
@@ -416,7 +509,7 @@ class TestResume:
 SLOWLY = """
 import sys, time
 from fastloss import cli, files
-files.CHUNK_BYTES, files.SAVE_SECONDS = 1000, 0.0
+files.CHUNK_BYTES, files.SAVE_SECONDS = 400, 0.0
 score = files._Run._score
 def slowly(*arguments):
     score(*arguments)
@@ -448,70 +541,89 @@ def test_killed_again_and_again(shards, capfd):
     assert listing() == ["out.npy", "state", "t", "x"]
 
 
-# Score, and report the peak of the memory that is not the system's cache of files, in KiB, and the loss.
+# Score something small, then what was asked for; report the most memory of the process, how much more of it was mapped
+# from files than before, both in KiB.
 MEASURED = """
 import sys, threading, time
 from pathlib import Path
 from fastloss import cli
-def anonymous():
+def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
     held = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-    return int(held["RssAnon"]), int(held["RssAnon"]) + int(held["RssFile"])
-peaks, stop = [anonymous()], threading.Event()
+    return int(held["RssAnon"]), int(held["RssFile"])
+assert cli.main(["score", "small-x.npy", "small-t.npy", "--output", "small-out.npy"]) == 0
+before, peaks, stop = resident(), [], threading.Event()
 def watch():
-    while not stop.wait(0.001):
-        peaks.append(anonymous())
+    while not stop.wait(0.0005):
+        peaks.append(resident())
 watcher = threading.Thread(target=watch)
 watcher.start()
 status = cli.main(sys.argv[1:])
 stop.set()
 watcher.join()
-print(max(a for a, _ in peaks), max(b for _, b in peaks))
+print(max(anonymous for anonymous, _ in peaks), max(mapped for _, mapped in peaks) - before[1])
 sys.exit(status)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_shards_larger_than_the_memory_allowed(tmp_path, rng, monkeypatch):
-    """320 MB in four shards with the whole process, interpreter and compiler included, under 256 MiB."""
+    """320 MB in two shards with the whole process, interpreter and compiler included, under 256 MiB; and of the
+    shards no more is mapped at a time than is allowed.
+    """
     monkeypatch.chdir(tmp_path)
     Path("x").mkdir()
     Path("t").mkdir()
     block = rng.normal(size=(1000, 1000)).astype(np.float32)
     targets = rng.integers(0, 1000, 80_000)
-    for i in range(4):
-        shard = np.lib.format.open_memmap(f"x/{i}.npy", "w+", np.float32, (20_000, 1000))
-        for j in range(20):
-            np.add(block, i + j, out=shard[1000 * j : 1000 * (j + 1)])
-        np.save(f"t/{i}.npy", targets[20_000 * i : 20_000 * (i + 1)])
-    fastloss.score_file("x/0.npy", "t/0.npy")  # compiled, and in the cache
-    command = [
-        sys.executable,
-        "-c",
-        MEASURED,
-        "score",
-        "x",
-        "t",
-        "--output",
-        "out.npy",
-        "--max-memory",
-        "64MiB",
-        "--json",
-    ]
+    borders = 0, 60_000, 80_000
+    for i, (begin, end) in enumerate(itertools.pairwise(borders)):
+        shard = np.lib.format.open_memmap(f"x/{i}.npy", "w+", np.float32, (end - begin, 1000))
+        for j in range(0, end - begin, 1000):
+            np.add(block, i + j / 1000, out=shard[j : j + 1000])
+        np.save(f"t/{i}.npy", targets[begin:end])
+    np.save("small-x.npy", block[:200])
+    np.save("small-t.npy", targets[:200])
+    fastloss.score_file("small-x.npy", "small-t.npy", output="small-out.npy")  # compiled, and in the cache
+    allowed = 48
+    options = ["--output", "out.npy", "--max-memory", f"{allowed}MiB", "--json"]
+    command = [sys.executable, "-c", MEASURED, "score", "x", "t", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    report, peaks = done.stdout.splitlines()
-    anonymous, everything = (int(peak) / 1024 for peak in peaks.split())
+    *_, report, peaks = done.stdout.splitlines()
+    anonymous, mapped = (int(peak) / 1024 for peak in peaks.split())
     assert sum(path.stat().st_size for path in Path("x").iterdir()) > 300 * 2**20
     assert anonymous < 256
-    assert everything < 400
-    maps = [np.load(f"x/{i}.npy", mmap_mode="r") for i in range(4)]
-    pairs = list(zip(maps, np.split(targets, 4), strict=True))
+    # (Code that is run for the first time is mapped too.)
+    assert mapped < allowed + 16
+    maps = [np.load(f"x/{i}.npy", mmap_mode="r") for i in range(2)]
+    pairs = list(zip(maps, np.split(targets, borders[1:2]), strict=True))
     losses = np.concatenate([fastloss.cross_entropy(x, t, reduction="none") for x, t in pairs])
     same(np.load("out.npy"), losses)
     total = fastloss.streaming.CrossEntropy()
-    for i in (2, 0, 3, 1):
+    for i in (1, 0):
         total.update(*pairs[i])
     assert json.loads(report)["loss"] == float(total.compute())
+
+
+@pytest.mark.usefixtures("serial")
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_what_is_looked_through_for_details_is_not_copied_whole(tmp_path, rng, monkeypatch, order, kind):
+    tracemalloc = pytest.importorskip("tracemalloc")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 28)
+    logits = rng.normal(size=(10_000, 300)).astype(np.float32)  # 12 MB
+    targets = rng.integers(0, 300, 10_000) if kind == "indices" else fastloss.softmax(logits)
+    np.save("x.npy", np.asarray(logits, order=order))
+    np.save("t.npy", np.asarray(targets, order=order))
+    expected = (logits.argmax(1) == (targets if kind == "indices" else logits.argmax(1))).sum()
+    assert fastloss.score_file("x.npy", "t.npy", details=True).n_correct == expected
+    tracemalloc.start()
+    try:
+        fastloss.score_file("x.npy", "t.npy", details=True)
+        assert tracemalloc.get_traced_memory()[1] < 2_500_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

@@ -122,3 +122,108 @@ def test_a_layer_that_cannot_be_loaded_means_no_threads():
     environment = {**os.environ, "NUMBA_THREADING_LAYER": "nonsense", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr, result.stdout) == (0, "", "12.206073\nnone\n")
+
+
+# A fork while another thread imports Numba, which calls LLVM meanwhile.
+FORK_BESIDE_AN_IMPORT_OF_NUMBA = """
+import fastloss, os, sys, threading, time
+thread = threading.Thread(target=__import__, args=("numba",))
+thread.start()
+while not hasattr(sys.modules.get("llvmlite.binding.ffi"), "lib"):
+    time.sleep(0.0005)
+pid = os.fork()
+if pid == 0:
+    import numba
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+thread.join()
+"""
+
+# A fork while another thread imports a module that is still being looked for.
+FORK_BESIDE_A_SEARCH_FOR_A_MODULE = """
+import fastloss, numpy, os, sys, threading, time
+searching = threading.Event()
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "numpy.no_such_module":
+            searching.set()
+            time.sleep(0.2)
+sys.meta_path.insert(0, Finder())
+def search():
+    try:
+        import numpy.no_such_module
+    except ModuleNotFoundError:
+        return
+    raise AssertionError
+thread = threading.Thread(target=search)
+thread.start()
+searching.wait()
+pid = os.fork()
+if pid == 0:
+    search()
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+thread.join()
+"""
+
+# A fork by a thread that is importing a module for which the importing thread waits: neither can wait for the other.
+FORK_INSIDE_AN_IMPORT = """
+import fastloss, importlib.util, os, sys, threading, time
+importing = threading.Event()
+class Loader:
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        if module.__name__ == "numba":
+            other.start()
+            importing.wait()
+            time.sleep(0.1)
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0
+        else:
+            importing.set()
+            import numba
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name in ("numba", "llvmlite"):
+            return importlib.util.spec_from_loader(name, Loader())
+sys.meta_path.insert(0, Finder())
+other = threading.Thread(target=__import__, args=("llvmlite",))
+import numba
+other.join()
+"""
+
+
+# A child killed while it holds the lock that Numba, when it starts its threads, shares with all forks of the process.
+FORK_KILLED_IN_NUMBA = """
+import fastloss, numba, numpy, os, signal
+from numba.np.ufunc import parallel
+fastloss.logsumexp(numpy.zeros((2000, 100), numpy.float32), 1)
+pid = os.fork()
+if pid == 0:
+    parallel._backend_init_process_lock.__enter__()
+    os.kill(os.getpid(), signal.SIGKILL)
+assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+numba.get_num_threads()
+"""
+
+FORKS = {
+    "beside an import of Numba": FORK_BESIDE_AN_IMPORT_OF_NUMBA,
+    "beside a search for a module": FORK_BESIDE_A_SEARCH_FOR_A_MODULE,
+    "inside an import": FORK_INSIDE_AN_IMPORT,
+    "killed in Numba": FORK_KILLED_IN_NUMBA,
+}
+
+
+@pytest.mark.parametrize("code", FORKS.values(), ids=FORKS)
+def test_forks(code):
+    code = "import faulthandler; faulthandler.dump_traceback_later(50, exit=True)\n" + code
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", code]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        output = process.communicate(timeout=100)
+    assert (process.returncode, *output) == (0, "", "")

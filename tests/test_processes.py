@@ -15,14 +15,22 @@ from fastloss import _cache, _runtime
 SITUATIONS = Path(__file__).with_name("situations.py")
 
 
-def _has_tbb():
+def _place_of_tbb():
+    """The directory of a TBB that Numba can use; the package of that name puts it where no linker looks by itself."""
+    path = Path(sys.prefix, "lib", "libtbb.so.12")
     try:
-        return ctypes.CDLL("libtbb.so.12").TBB_runtime_interface_version() >= 12060
+        library = ctypes.CDLL(str(path) if path.exists() else path.name)
     except OSError:
-        return False
+        return None
+    return str(path.parent) if library.TBB_runtime_interface_version() >= 12060 else None
 
 
-LAYERS = ["workqueue", "omp", *(["tbb"] if _has_tbb() else [])]
+TBB = _place_of_tbb()
+LAYERS = ["workqueue", "omp", *(["tbb"] if TBB else [])]
+# Numba's line when another thread forks than the one that started TBB.
+FORKED = (
+    "Numba: Attempted to fork from a non-main thread, the TBB library may be in an invalid state in the child process."
+)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 4])
@@ -35,11 +43,14 @@ def test_situations(layer, n_threads):
         "FASTLOSS_CACHE_DIR": str(_cache.directory().parent),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
+    if layer == "tbb":
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (TBB, os.environ.get("LD_LIBRARY_PATH"))))
     # (Python 3.12 and later warn of any fork of a process with threads.)
     command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", str(SITUATIONS)]
     command.append("all" if n_threads == 2 else "few")
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert (result.returncode, result.stderr, result.stdout) == (0, "", f"{layer} done\n")
+    errors = result.stderr.replace(f"{FORKED}\n", "") if layer == "tbb" else result.stderr
+    assert (result.returncode, errors, result.stdout) == (0, "", f"{layer} done\n")
 
 
 class _Kernel:

@@ -6,10 +6,10 @@ layer or compiling, and under TBB until no thread is inside a parallel region of
 second (:mod:`fastloss._runtime` cuts long calls). Numba is not imported here: the hooks are in place before it is.
 """
 
-import contextlib
+# Hooks of their own, which must not come between ours: Numba imports both.
+import concurrent.futures.thread  # noqa: F401
 import functools
-import importlib
-import logging  # noqa: F401 (hooks of its own, which must not come between ours: Numba imports it)
+import logging  # noqa: F401
 import os
 import sys
 import threading
@@ -28,7 +28,16 @@ more_locks: Callable[[], list[Any]] = list
 
 _taken: list[Any] = []
 
+# The part of importlib that holds the locks of the modules being imported; one not yet found is not in sys.modules.
+_importlib: Any = sys.modules["_frozen_importlib"]
 _IMPORTED = ("fastloss", "llvmlite", "numba", "numpy", "scipy")
+
+# By module, in the order in which Numba takes them.
+_LOCKS = {
+    "numba.core.compiler_lock": ["global_compiler_lock"],
+    "numba.np.ufunc.parallel": ["_backend_init_thread_lock"],
+    "llvmlite.binding.ffi": ["lib", "_lock"],
+}
 
 # In the ninth field of /proc/self/stat: forked, and no program executed since (include/linux/sched.h).
 _PF_FORKNOEXEC = 0x40
@@ -56,24 +65,25 @@ def is_fork() -> bool:
         return False
 
 
-def _wait_for_imports() -> None:
-    """Wait until no other thread is importing a module that a kernel needs; Numba imports some of them late."""
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in _IMPORTED and getattr(getattr(module, "__spec__", None), "_initializing", False):
-            with contextlib.suppress(ImportError):
-                importlib.import_module(name)
+def _imports() -> set[str]:
+    """The modules that a kernel needs, for Numba imports some of them late, and that other threads are importing."""
+    own = threading.get_ident()
+    return {
+        name
+        for name, reference in list(_importlib._module_locks.items())
+        if name.partition(".")[0] in _IMPORTED and getattr(reference(), "owner", None) not in (None, own)
+    }
 
 
 def _compiler_locks() -> list[Any]:
-    """Numba's and LLVM's locks, if these are loaded."""
+    """The locks of Numba's compiler, of its threading layer and of LLVM, outermost first, as far as they are loaded."""
     locks = []
-    compiler_lock = getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", None)
-    if compiler_lock is not None:
-        locks.append(compiler_lock)
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    llvm_lock = getattr(getattr(ffi, "lib", None), "_lock", None)
-    if llvm_lock is not None:
-        locks.append(llvm_lock)
+    for module, names in _LOCKS.items():
+        lock = sys.modules.get(module)
+        for name in names:
+            lock = getattr(lock, name, None)
+        if lock is not None:
+            locks.append(lock)
     return locks
 
 
@@ -82,9 +92,25 @@ def _before() -> None:
     for lock in more_locks():
         _take(lock)
     _take(starting)
-    for lock in _compiler_locks():
-        _take(lock)
-    _wait_for_imports()
+    _wait_for_imports_and_compilations()
+
+
+def _wait_for_imports_and_compilations() -> None:
+    """Who compiles may import, and who imports Numba calls LLVM: imports are not waited for with a lock of these taken.
+
+    Each is waited for once: its thread may itself be waiting for a module that this thread, which forks, is importing.
+    """
+    n_before, waited = len(_taken), set[str]()
+    while True:
+        for lock in _compiler_locks():
+            _take(lock)
+        imports = _imports() - waited
+        if not imports:
+            return
+        _release(n_before)
+        for name in imports:
+            _importlib._lock_unlock_module(name)
+        waited |= imports
 
 
 def _take(lock: Any) -> None:
@@ -92,9 +118,13 @@ def _take(lock: Any) -> None:
     _taken.append(lock)
 
 
-def _after() -> None:
-    while _taken:
+def _release(n_left: int) -> None:
+    while len(_taken) > n_left:
         _taken.pop().__exit__(None, None, None)
+
+
+def _after() -> None:
+    _release(0)
 
 
 def _after_in_child() -> None:

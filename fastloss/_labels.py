@@ -20,7 +20,7 @@ _SMALL_SPAN = 1 << 16
 _SMALLEST_TABLE = 256
 # Labels, and bytes of strings, between which Ctrl-C is answered: a tenth of a second or two. (What runs in one call of
 # NumPy or of a kernel cannot be stopped.)
-_CUT, _CUT_OBJECTS, _CUT_BYTES = 1 << 26, 1 << 22, 1 << 28
+_CUT, _CUT_OBJECTS, _CUT_BYTES = 1 << 26, 1 << 20, 1 << 28
 
 
 class ParameterError(ValueError, TypeError):

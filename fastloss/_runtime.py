@@ -74,23 +74,17 @@ def _start_layer() -> str:
         return _NONE
     if running != _UNKNOWN:
         return running
-    import multiprocessing
-
-    # Numba makes a lock of multiprocessing's, whose start method is settled by that: the user may yet want to set it.
-    # In a child of a fork server the lock has a name, of which the resource tracker complains when the child is ended.
-    method = multiprocessing.get_start_method(allow_none=True)
-    if method == "forkserver":
-        multiprocessing.set_start_method("spawn", force=True)
+    # Numba would make a lock that all forks of this process share, and wait for it forever once a child was killed that
+    # held it; to make it settles multiprocessing's start method, too. What it is to protect, a fork of ours waits for.
+    if numba_threads._backend_init_process_lock is None:
+        numba_threads._backend_init_process_lock = contextlib.nullcontext()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a TBB that is too old, of no shared memory for the lock
+            warnings.simplefilter("ignore")  # of a TBB that is too old
             numba.get_num_threads()
         return str(numba.threading_layer())
     except Exception:  # the layer that was asked for cannot be loaded
         return _NONE
-    finally:
-        if method in (None, "forkserver"):
-            multiprocessing.set_start_method(method, force=True)
 
 
 def layer() -> str:
@@ -108,7 +102,7 @@ def num_threads() -> int:
     """How many threads the caller's parallel regions may have: what ``numba.set_num_threads`` said in its thread."""
     if layer() == _NONE:
         return 1
-    # (numba.get_num_threads would take a lock that all forks of this process share.)
+    # (numba.get_num_threads may take a lock that all forks of this process share.)
     return int(numba_threads._get_num_threads())
 
 

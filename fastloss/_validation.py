@@ -18,6 +18,12 @@ _EXPECTED_REAL = "expected float16, bfloat16, float32, float64, an integer dtype
 _FLOATS = frozenset("efd")
 _INTEGERS = frozenset("?bBhHiIlLqQ")
 
+# What is converted in cuts if it is long, and how many numbers in a cut: some hundredths of a second.
+_SEQUENCES = (list, tuple, range)
+_CUT_NUMBERS = 1 << 17
+# What NumPy makes of Python's numbers, each of which holds the ones before it.
+_PYTHON_DTYPES = (np.dtype(np.bool_), np.dtype(np.int64), np.dtype(np.float64))
+
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     """Whether this is the bfloat16 of ``ml_dtypes`` (recognised by name: it need not be installed)."""
@@ -44,12 +50,44 @@ def as_array(value: Any, name: str) -> Array:
             )
         value = value.data
     try:
-        array = np.asarray(value)
+        array = _sequence(value) if type(value) in _SEQUENCES else np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name}: got {_describe(value)}, expected a rectangular array of numbers ({error})") from None
     except Exception as error:
         raise TypeError(f"{name}: got {_describe(value)}, expected an array of numbers ({error})") from None
     return array
+
+
+def _sequence(value: Any) -> Array:
+    """What ``np.asarray`` makes of a list, tuple or range; a long one in cuts, between which Ctrl-C is answered."""
+    n, first = 1, value
+    while type(first) in _SEQUENCES and first:
+        n, first = n * len(first), first[0]
+    array = _in_cuts(value, n // len(value)) if n > _CUT_NUMBERS else None
+    return np.asarray(value) if array is None else array
+
+
+def _in_cuts(value: Any, n_inner: int) -> Array | None:
+    """None where the cuts do not fit together as the whole would: ragged, other than numbers, of unlike dtypes."""
+    n = len(value)
+    step = max(1, _CUT_NUMBERS // n_inner)
+    out = None
+    for begin in range(0, n, step):
+        cut = value[begin : begin + step]
+        try:
+            part = np.asarray(cut) if len(cut) * n_inner <= _CUT_NUMBERS else _sequence(cut[0])[np.newaxis]
+        except Exception:
+            return None
+        if out is None:
+            out = np.empty((n, *part.shape[1:]), part.dtype)
+        if part.dtype.kind not in "biufc" or part.shape != (min(step, n - begin), *out.shape[1:]):
+            return None
+        if part.dtype != out.dtype:
+            if not (part.dtype in _PYTHON_DTYPES and out.dtype in _PYTHON_DTYPES):
+                return None
+            out = out.astype(np.promote_types(out.dtype, part.dtype), copy=False)
+        out[begin : begin + step] = part
+    return out
 
 
 def as_real(value: Any, name: str) -> Array:

@@ -195,7 +195,12 @@ def interrupt():
     assert took < 0.3 + _runtime.num_threads(), took
     check()
     free = []
-    thread = threading.Thread(target=lambda: free.append(_runtime._region.acquire(blocking=False)))
+
+    def enter():
+        free.append(_runtime._region.acquire(blocking=False))
+        _runtime._region.release()
+
+    thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
     assert free == [True]

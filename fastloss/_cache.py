@@ -171,7 +171,10 @@ class DiskCache(_Cache):  # type: ignore[misc] # Numba has no types, so its base
             except Exception:
                 compiled = None
         if compiled is None:
-            target_context.refresh()  # the caller is going to compile
+            from fastloss._kernels._compiler import no_garbage_collection
+
+            with no_garbage_collection():
+                target_context.refresh()  # the caller is going to compile
         return compiled
 
     def save_overload(self, sig: Any, compiled: Any) -> None:

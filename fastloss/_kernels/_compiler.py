@@ -12,6 +12,7 @@ into which LLVM has inlined it, goes the same way. Here
 Only what this package compiles goes this way: Numba's state is shared, not changed.
 """
 
+import collections
 import contextlib
 import functools
 import gc
@@ -22,7 +23,8 @@ import os
 
 from llvmlite import binding as llvm
 from llvmlite import ir as llvm_ir
-from numba.core import cgutils, config, types
+from llvmlite.ir.instructions import InsertValue
+from numba.core import cgutils, config, ir, types
 from numba.core.bytecode import ByteCode, FunctionIdentity
 from numba.core.codegen import JITCodeLibrary
 from numba.core.callconv import RETCODE_NONE, RETCODE_OK
@@ -50,7 +52,7 @@ from numba.core.typing import Context, signature
 from numba.core.analysis import dead_branch_prune
 from numba.core.rewrites.static_getitem import RewriteConstGetitems
 
-__all__ = ["ByDtype", "Helper", "KernelCompiler", "no_garbage_collection"]
+__all__ = ["ByDtype", "Helper", "KernelCompiler", "field", "no_garbage_collection"]
 
 # Numba tells functions of one name and signature, as the closures of the kernels are, apart by a number that counts the
 # functions of the process, and the linker resolves a name to the first function loaded under it. So where two kernels
@@ -199,6 +201,92 @@ _lower_extremum(_smallest)
 _lower_extremum(_largest)
 
 
+def field(builder, value, index):
+    """A field of a struct: what was put there, if that is seen, else an instruction that extracts it."""
+    whole = value
+    while isinstance(whole, InsertValue):
+        if list(whole.indices) == [index]:
+            return whole.operands[1]
+        whole = whole.operands[0]
+    return builder.extract_value(value, index)
+
+
+def _struct(context, builder, type_, *fields):
+    value = llvm_ir.Constant(context.get_value_type(type_), llvm_ir.Undefined)
+    for index, content in enumerate(fields):
+        value = builder.insert_value(value, content, index)
+    return value
+
+
+def _slot(builder, kind, name=""):
+    """Room for a variable, without Numba's zeros in it."""
+    with builder.goto_entry_block():
+        return builder.alloca(kind, name=name)
+
+
+_WORD = llvm_ir.IntType(64)
+
+
+def _range(context, builder, sig, args, loc):
+    start, stop, step = (_WORD(0), args[0], _WORD(1)) if len(args) == 1 else (*args, _WORD(1))[:3]
+    return _struct(context, builder, types.range_state64_type, start, stop, step)
+
+
+def _range_iterator(context, builder, sig, args, loc):
+    start, stop, step = (field(builder, args[0], index) for index in range(3))
+    next_, unused = _slot(builder, _WORD), llvm_ir.Constant(_WORD.as_pointer(), llvm_ir.Undefined)
+    builder.store(start, next_)
+    return _struct(context, builder, types.range_iter64_type, next_, stop, step, unused)
+
+
+def _range_next(context, builder, sig, args, loc):
+    """As in C: Numba counts the iterations first, with a division, and raises where the step is 0."""
+    next_, stop, step = (field(builder, args[0], index) for index in range(3))
+    value = builder.load(next_)
+    builder.store(builder.add(value, step, flags=["nsw"]), next_)
+    is_valid = builder.select(
+        builder.icmp_signed(">", step, _WORD(0)),
+        builder.icmp_signed("<", value, stop),
+        builder.icmp_signed(">", value, stop),
+    )
+    return _struct(context, builder, sig.return_type, value, is_valid)
+
+
+def _divide(builder, a, b):
+    """The quotient, rounded towards -inf, and the remainder of two int64, without branches; 0 and 0 for b = 0."""
+    is_zero = builder.icmp_signed("==", b, _WORD(0))
+    overflows = builder.and_(
+        builder.icmp_signed("==", b, _WORD(-1)), builder.icmp_signed("==", a, _WORD(-(1 << 63)))
+    )
+    divisor = builder.select(builder.or_(is_zero, overflows), _WORD(1), b)
+    quotient, remainder = builder.sdiv(a, divisor), builder.srem(a, divisor)
+    is_odd = builder.and_(
+        builder.icmp_signed("!=", remainder, _WORD(0)),
+        builder.icmp_signed("<", builder.xor(remainder, divisor), _WORD(0)),
+    )
+    quotient = builder.sub(quotient, builder.zext(is_odd, _WORD))
+    remainder = builder.add(remainder, builder.select(is_odd, divisor, _WORD(0)))
+    return builder.select(is_zero, _WORD(0), quotient), builder.select(is_zero, _WORD(0), remainder)
+
+
+def _floordiv(context, builder, sig, args, loc):
+    return _divide(builder, *args)[0]
+
+
+def _mod(context, builder, sig, args, loc):
+    return _divide(builder, *args)[1]
+
+
+# What is lowered to less code than Numba's, by function and argument types.
+_OWN = {
+    **{(range, (types.int64,) * n): _range for n in (1, 2, 3)},
+    ("getiter", (types.range_state64_type,)): _range_iterator,
+    ("iternext", (types.range_iter64_type,)): _range_next,
+    **{(op, (types.int64, types.int64)): _floordiv for op in (operator.floordiv, operator.ifloordiv)},
+    **{(op, (types.int64, types.int64)): _mod for op in (operator.mod, operator.imod)},
+}
+
+
 # ------------------------------------------------------------------------------------------------------- lowering
 
 
@@ -234,6 +322,9 @@ class _Target(CPUContext):
 
     def get_function(self, fn, sig, _firstcall=True):
         key = fn, sig
+        own = _OWN.get((getattr(fn, "typing_key", fn), sig.args))
+        if own is not None:
+            return _Bound(self, own, (), sig)
         if key not in _implementations:
             found = super().get_function(fn, sig, _firstcall)
             is_bound = isinstance(found, _Bound)  # by a call of this function
@@ -252,7 +343,19 @@ class _HelperLower(Lower):
 
     def alloca_lltype(self, name, lltype, datamodel=None):
         # (Numba asks LLVM for the size of each variable, for debuggers.)
-        return cgutils.alloca_once(self.builder, lltype, name=name, zfill=False)
+        return _slot(self.builder, lltype, name)
+
+    def _find_singly_assigned_variable(self):
+        """All variables that are assigned once are values, in other blocks too: the code is in SSA form, so that every
+        way to where they are used leads through the assignment. (Numba makes room in memory, for LLVM to remove.)
+        """
+        if self.context.enable_nrt:
+            super()._find_singly_assigned_variable()
+            return
+        blocks = self.blocks.values()
+        counts = collections.Counter(inst.target.name for block in blocks for inst in block.find_insts(ir.Assign))
+        self._singly_assigned_vars = {name for name, count in counts.items() if count == 1}
+        self._blk_local_varmap = {}
 
     def pre_block(self, block):
         if self.context.enable_nrt:
@@ -266,6 +369,11 @@ class _HelperLower(Lower):
         else:  # without a load of the old value
             self._alloca_var(name, self.typeof(name))
             self.builder.store(value, self.getvar(name))
+
+    def lower_expr(self, resty, expr):
+        if expr.op in ("pair_first", "pair_second"):
+            return field(self.builder, self.loadvar(expr.value.name), expr.op == "pair_second")
+        return super().lower_expr(resty, expr)
 
     def lower_binop(self, resty, expr, op):
         # (Numba first looks for implementations for constants, of which there are some for powers.)
@@ -371,7 +479,7 @@ def _call(fndesc, library):
 
     def lower(context, builder, sig, args):
         function = context.declare_function(builder.module, fndesc)
-        result = cgutils.alloca_once(builder, function.args[0].type.pointee)
+        result = _slot(builder, function.args[0].type.pointee)
         no_exception = llvm_ir.Constant(function.args[1].type, None)
         arguments = context.get_arg_packer(fndesc.argtypes).as_arguments(builder, args)
         builder.call(function, [result, no_exception, *arguments])

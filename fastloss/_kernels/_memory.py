@@ -25,6 +25,8 @@ from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, inf
 from numba.extending import intrinsic, models, register_model, unbox
 from numba.np.numpy_support import from_dtype
 
+from fastloss._kernels._compiler import field
+
 __all__ = ["allocate", "data_and_length", "memory_type", "release", "take", "take_rows"]
 
 # Every piece of scratch begins on a cache line's border. Off it, every other vector would touch two lines: a tile of
@@ -71,7 +73,7 @@ def _make(context, builder, memory_type, data, lengths):
 def data_and_length(context, builder, type_, value):
     """Where the elements of one-dimensional memory, or of a C-contiguous array, lie, and how many there are."""
     if isinstance(type_, Memory):
-        return builder.extract_value(value, 0), builder.extract_value(value, 1)
+        return field(builder, value, 0), field(builder, value, 1)
     array = context.make_array(type_)(context, builder, value)
     return array.data, array.nitems
 
@@ -113,8 +115,9 @@ def _unbox(memory_type, array, c):
 # ------------------------------------------------------------------------------------------- elements and slices
 
 
-def _check(context, builder, is_inside):
+def _check(context, builder, comparison, index, length):
     if config.BOUNDSCHECK:
+        is_inside = builder.icmp_unsigned(comparison, index, length)
         with builder.if_then(builder.not_(is_inside), likely=False):
             context.call_conv.return_user_exc(builder, IndexError, ("index outside its memory",))
 
@@ -123,11 +126,11 @@ def _row_pointer(context, builder, memory_type, memory, indices):
     """Pointer to the element, or the first one of the row, that as many indices choose."""
     offset = None
     for axis, index in enumerate(indices):
-        _check(context, builder, builder.icmp_unsigned("<", index, builder.extract_value(memory, 1 + axis)))
+        _check(context, builder, "<", index, field(builder, memory, 1 + axis))
         offset = index if offset is None else builder.add(offset, index)
         if axis + 1 < memory_type.ndim:
-            offset = builder.mul(offset, builder.extract_value(memory, 2 + axis))
-    return builder.gep(builder.extract_value(memory, 0), [offset], inbounds=True)
+            offset = builder.mul(offset, field(builder, memory, 2 + axis))
+    return builder.gep(field(builder, memory, 0), [offset], inbounds=True)
 
 
 def _element_type(memory, index):
@@ -160,7 +163,7 @@ def _get(context, builder, sig, args):
     pointer = _row_pointer(context, builder, sig.args[0], args[0], args[1:2])
     if sig.args[0].ndim == 1:
         return context.unpack_value(builder, sig.return_type, pointer)
-    return _make(context, builder, sig.return_type, pointer, [builder.extract_value(args[0], 2)])
+    return _make(context, builder, sig.return_type, pointer, [field(builder, args[0], 2)])
 
 
 @lower_builtin(operator.getitem, Memory, types.BaseTuple)
@@ -174,16 +177,16 @@ def _get_of_rows(context, builder, sig, args):
 def _bounds(context, builder, memory, slice_type, slice_):
     """The bounds of a slice, which begins within the memory; without a stop it has the largest number."""
     bounds = context.make_helper(builder, slice_type, slice_)
-    length = builder.extract_value(memory, 1)
+    length = field(builder, memory, 1)
     is_inside = builder.icmp_signed("<", bounds.stop, length)
-    _check(context, builder, builder.icmp_unsigned("<=", bounds.start, length))
+    _check(context, builder, "<=", bounds.start, length)
     return bounds.start, builder.select(is_inside, bounds.stop, length)
 
 
 @lower_builtin(operator.getitem, Memory, types.SliceType)
 def _get_slice(context, builder, sig, args):
     start, stop = _bounds(context, builder, args[0], sig.args[1], args[1])
-    pointer = builder.gep(builder.extract_value(args[0], 0), [start], inbounds=True)
+    pointer = builder.gep(field(builder, args[0], 0), [start], inbounds=True)
     return _make(context, builder, sig.return_type, pointer, [builder.sub(stop, start)])
 
 
@@ -217,7 +220,7 @@ class _LenTemplate(AbstractTemplate):
 
 @lower_builtin(len, Memory)
 def _len(context, builder, sig, args):
-    return builder.extract_value(args[0], 1)
+    return field(builder, args[0], 1)
 
 
 @infer_getattr
@@ -257,7 +260,7 @@ def release(typingctx, memory):
     def codegen(context, builder, sig, args):
         function = ir.FunctionType(ir.VoidType(), [_BYTES])
         free = cgutils.get_or_insert_function(builder.module, function, "NRT_Free")
-        builder.call(free, [builder.extract_value(args[0], 0)])
+        builder.call(free, [field(builder, args[0], 0)])
         return context.get_dummy_value()
 
     return types.void(memory), codegen
@@ -269,7 +272,7 @@ def _scratch_type(like, n_axes):
 
 
 def _scratch_pointer(builder, memory, offset):
-    start = builder.ptrtoint(builder.extract_value(memory, 0), offset.type)
+    start = builder.ptrtoint(field(builder, memory, 0), offset.type)
     start = builder.add(start, ir.Constant(offset.type, CACHE_LINE - 1))
     start = builder.and_(start, ir.Constant(offset.type, -CACHE_LINE))
     return builder.inttoptr(builder.add(start, offset), _BYTES)

@@ -171,10 +171,9 @@ class DiskCache(_Cache):  # type: ignore[misc] # Numba has no types, so its base
             except Exception:
                 compiled = None
         if compiled is None:
-            from fastloss._kernels._compiler import no_garbage_collection
+            from fastloss._kernels._compiler import undisturbed
 
-            with no_garbage_collection():
-                target_context.refresh()  # the caller is going to compile
+            undisturbed(target_context.refresh)  # the caller is going to compile
         return compiled
 
     def save_overload(self, sig: Any, compiled: Any) -> None:

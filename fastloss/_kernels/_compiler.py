@@ -13,7 +13,6 @@ Only what this package compiles goes this way: Numba's state is shared, not chan
 """
 
 import collections
-import contextlib
 import functools
 import gc
 import inspect
@@ -52,7 +51,7 @@ from numba.core.typing import Context, signature
 from numba.core.analysis import dead_branch_prune
 from numba.core.rewrites.static_getitem import RewriteConstGetitems
 
-__all__ = ["ByDtype", "Helper", "KernelCompiler", "field", "no_garbage_collection"]
+__all__ = ["ByDtype", "Helper", "KernelCompiler", "field", "undisturbed"]
 
 # Numba tells functions of one name and signature, as the closures of the kernels are, apart by a number that counts the
 # functions of the process, and the linker resolves a name to the first function loaded under it. So where two kernels
@@ -592,13 +591,24 @@ class _ParallelKernelLowering(_IntoKernelLibrary, NativeParforLowering):
     _name = "fastloss_parallel_kernel_lowering"
 
 
-@contextlib.contextmanager
-def no_garbage_collection():
-    """Some 10,000 objects a second are made, few of them garbage, and Numba's million would be searched with them."""
+def _with_room(function, *args):
+    return function(*args)
+
+
+# CPython keeps the frames of calls in pieces of 16 KiB, each mapped when a call needs it and unmapped when that returns;
+# a loop at a depth where a piece ends does so in every turn, some 60,000 times in a compilation, which is half a second.
+# For a frame that is larger than a piece there is one of a power of two, here a MiB, with room for all that is called.
+_with_room.__code__ = _with_room.__code__.replace(co_stacksize=1 << 16)
+
+
+def undisturbed(function, *args):
+    """Call a function that makes some 100,000 objects, few of them garbage, while the garbage collector rests: it would
+    search Numba's million with them.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        return _with_room(function, *args)
     finally:
         if enabled:
             gc.enable()
@@ -608,8 +618,7 @@ class KernelCompiler(Compiler):
     """Numba's compiler, for a kernel."""
 
     def compile_extra(self, func):
-        with no_garbage_collection():
-            return super().compile_extra(func)
+        return undisturbed(super().compile_extra, func)
 
     def define_pipelines(self):
         (manager,) = super().define_pipelines()

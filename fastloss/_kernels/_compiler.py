@@ -19,14 +19,17 @@ import inspect
 import itertools
 import operator
 import os
+from collections.abc import Callable
+from typing import Any
 
 from llvmlite import binding as llvm
 from llvmlite import ir as llvm_ir
 from llvmlite.ir.instructions import InsertValue
 from numba.core import cgutils, config, ir, types
+from numba.core.analysis import dead_branch_prune
 from numba.core.bytecode import ByteCode, FunctionIdentity
-from numba.core.codegen import JITCodeLibrary
 from numba.core.callconv import RETCODE_NONE, RETCODE_OK
+from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, Flags, _make_subtarget
 from numba.core.compiler_machinery import register_pass
 from numba.core.cpu import CPUContext
@@ -39,6 +42,7 @@ from numba.core.ir_utils import build_definitions
 from numba.core.lowering import Lower
 from numba.core.postproc import PostProcessor
 from numba.core.registry import cpu_target
+from numba.core.rewrites.static_getitem import RewriteConstGetitems
 from numba.core.ssa import reconstruct_ssa
 from numba.core.targetconfig import ConfigStack
 from numba.core.typed_passes import (
@@ -48,8 +52,6 @@ from numba.core.typed_passes import (
     type_inference_stage,
 )
 from numba.core.typing import Context, signature
-from numba.core.analysis import dead_branch_prune
-from numba.core.rewrites.static_getitem import RewriteConstGetitems
 
 __all__ = ["ByDtype", "Helper", "KernelCompiler", "field", "undisturbed"]
 
@@ -254,9 +256,7 @@ def _range_next(context, builder, sig, args, loc):
 def _divide(builder, a, b):
     """The quotient, rounded towards -inf, and the remainder of two int64, without branches; 0 and 0 for b = 0."""
     is_zero = builder.icmp_signed("==", b, _WORD(0))
-    overflows = builder.and_(
-        builder.icmp_signed("==", b, _WORD(-1)), builder.icmp_signed("==", a, _WORD(-(1 << 63)))
-    )
+    overflows = builder.and_(builder.icmp_signed("==", b, _WORD(-1)), builder.icmp_signed("==", a, _WORD(-(1 << 63))))
     divisor = builder.select(builder.or_(is_zero, overflows), _WORD(1), b)
     quotient, remainder = builder.sdiv(a, divisor), builder.srem(a, divisor)
     is_odd = builder.and_(
@@ -595,13 +595,13 @@ def _with_room(function, *args):
     return function(*args)
 
 
-# CPython keeps the frames of calls in pieces of 16 KiB, each mapped when a call needs it and unmapped when that returns;
-# a loop at a depth where a piece ends does so in every turn, some 60,000 times in a compilation, which is half a second.
-# For a frame that is larger than a piece there is one of a power of two, here a MiB, with room for all that is called.
+# CPython keeps the frames of calls in pieces of 16 KiB, each mapped when a call needs it and unmapped when that returns.
+# A loop at a depth where a piece ends does so in every turn: 57,000 times in a compilation, which is half a second. For
+# a frame that is larger than a piece there is one of a power of two, here a MiB, with room for all that is called.
 _with_room.__code__ = _with_room.__code__.replace(co_stacksize=1 << 16)
 
 
-def undisturbed(function, *args):
+def undisturbed(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function that makes some 100,000 objects, few of them garbage, while the garbage collector rests: it would
     search Numba's million with them.
     """

@@ -169,9 +169,7 @@ def _get(context, builder, sig, args):
 @lower_builtin(operator.getitem, Memory, types.BaseTuple)
 def _get_of_rows(context, builder, sig, args):
     indices = cgutils.unpack_tuple(builder, args[1])
-    return context.unpack_value(
-        builder, sig.return_type, _row_pointer(context, builder, sig.args[0], args[0], indices)
-    )
+    return context.unpack_value(builder, sig.return_type, _row_pointer(context, builder, sig.args[0], args[0], indices))
 
 
 def _bounds(context, builder, memory, slice_type, slice_):
@@ -192,9 +190,7 @@ def _get_slice(context, builder, sig, args):
 
 @lower_builtin(operator.setitem, Memory, types.Integer, types.Any)
 def _set(context, builder, sig, args):
-    context.pack_value(
-        builder, sig.args[2], args[2], _row_pointer(context, builder, sig.args[0], args[0], args[1:2])
-    )
+    context.pack_value(builder, sig.args[2], args[2], _row_pointer(context, builder, sig.args[0], args[0], args[1:2]))
 
 
 @lower_builtin(operator.setitem, Memory, types.BaseTuple, types.Any)
@@ -207,9 +203,7 @@ def _set_of_rows(context, builder, sig, args):
 def _set_slice(context, builder, sig, args):
     start, stop = _bounds(context, builder, args[0], sig.args[1], args[1])
     with cgutils.for_range_slice(builder, start, stop, _WORD(1), inc=True) as (index, _):
-        context.pack_value(
-            builder, sig.args[2], args[2], _row_pointer(context, builder, sig.args[0], args[0], [index])
-        )
+        context.pack_value(builder, sig.args[2], args[2], _row_pointer(context, builder, sig.args[0], args[0], [index]))
 
 
 @infer_global(len)

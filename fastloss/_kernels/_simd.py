@@ -231,7 +231,9 @@ def _byte_pointer(context, builder, array_type, array, offset, size):
         end = builder.add(offset, ir.Constant(offset.type, size))
         outside = builder.or_(
             builder.icmp_signed("<", offset, ir.Constant(offset.type, 0)),
-            builder.icmp_signed(">", end, builder.mul(length, ir.Constant(length.type, array_type.dtype.bitwidth // 8))),
+            builder.icmp_signed(
+                ">", end, builder.mul(length, ir.Constant(length.type, array_type.dtype.bitwidth // 8))
+            ),
         )
         with builder.if_then(outside, likely=False):
             context.call_conv.return_user_exc(builder, IndexError, ("integers outside their array",))

@@ -595,7 +595,7 @@ def _with_room(function, *args):
     return function(*args)
 
 
-# CPython keeps the frames of calls in pieces of 16 KiB, each mapped when a call needs it and unmapped when that returns.
+# CPython keeps the frames of calls in pieces of 16 KiB, each mapped when a call needs it, unmapped when that returns.
 # A loop at a depth where a piece ends does so in every turn: 57,000 times in a compilation, which is half a second. For
 # a frame that is larger than a piece there is one of a power of two, here a MiB, with room for all that is called.
 _with_room.__code__ = _with_room.__code__.replace(co_stacksize=1 << 16)

@@ -342,6 +342,8 @@ class _HelperLower(Lower):
 
     def alloca_lltype(self, name, lltype, datamodel=None):
         # (Numba asks LLVM for the size of each variable, for debuggers.)
+        if self.context.enable_nrt:  # what a variable held before, nothing at first, is released
+            return cgutils.alloca_once(self.builder, lltype, name=name, zfill=False)
         return _slot(self.builder, lltype, name)
 
     def _find_singly_assigned_variable(self):

@@ -171,7 +171,9 @@ class DiskCache(_Cache):  # type: ignore[misc] # Numba has no types, so its base
             except Exception:
                 compiled = None
         if compiled is None:
-            target_context.refresh()  # the caller is going to compile
+            from fastloss._kernels._compiler import undisturbed
+
+            undisturbed(target_context.refresh)  # the caller is going to compile
         return compiled
 
     def save_overload(self, sig: Any, compiled: Any) -> None:

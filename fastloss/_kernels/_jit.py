@@ -10,7 +10,7 @@ import numpy as np
 from numba import config, njit
 
 from fastloss._cache import DiskCache
-from fastloss._kernels._compiler import ByDtype, HelperCompiler, KernelCompiler
+from fastloss._kernels._compiler import ByDtype, Helper, KernelCompiler
 
 __all__ = ["Kernel", "allocating", "by_dtype", "inline", "subroutine"]
 
@@ -20,9 +20,9 @@ _OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
 
 
 def _helper(function, **options):
-    if config.DISABLE_JIT:
-        return function
-    return njit(function, no_cpython_wrapper=True, pipeline_class=HelperCompiler, **_OPTIONS, **options)
+    if not config.DISABLE_JIT:
+        function._numba_type_ = Helper(function, no_cpython_wrapper=True, **_OPTIONS, **options)
+    return function
 
 
 def inline(function):
@@ -51,7 +51,7 @@ def by_dtype(narrow, wide):
         return (narrow if args[0].dtype == np.float32 else wide)(*args)
 
     if not config.DISABLE_JIT:
-        choose._numba_type_ = ByDtype(narrow, wide)
+        choose._numba_type_ = ByDtype(narrow._numba_type_, wide._numba_type_)
     return choose
 
 

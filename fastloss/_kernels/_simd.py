@@ -26,6 +26,8 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, models, register_model
 
+from fastloss._kernels._memory import data_and_length
+
 __all__ = [
     "any_lane",
     "copy",
@@ -209,31 +211,33 @@ def _halves(builder, value, count):
 
 def _element_pointer(context, builder, array_type, array, index, count):
     """Pointer to ``count`` elements of a C-contiguous array from ``index`` on, as a pointer to a vector."""
-    struct_ = context.make_array(array_type)(context, builder, array)
+    data, length = data_and_length(context, builder, array_type, array)
     if config.BOUNDSCHECK:
         inside = builder.and_(
             builder.icmp_signed(">=", index, ir.Constant(index.type, 0)),
-            builder.icmp_signed("<=", builder.add(index, ir.Constant(index.type, count)), struct_.nitems),
+            builder.icmp_signed("<=", builder.add(index, ir.Constant(index.type, count)), length),
         )
         with builder.if_then(builder.not_(inside), likely=False):
             context.call_conv.return_user_exc(builder, IndexError, ("vector outside its array",))
-    pointer = builder.gep(struct_.data, [index], inbounds=True)
+    pointer = builder.gep(data, [index], inbounds=True)
     scalar = context.get_data_type(array_type.dtype)
     return builder.bitcast(pointer, ir.VectorType(scalar, count).as_pointer())
 
 
 def _byte_pointer(context, builder, array_type, array, offset, size):
     """Pointer to ``size`` bytes, ``offset`` bytes into a C-contiguous array."""
-    struct_ = context.make_array(array_type)(context, builder, array)
+    data, length = data_and_length(context, builder, array_type, array)
     if config.BOUNDSCHECK:
         end = builder.add(offset, ir.Constant(offset.type, size))
         outside = builder.or_(
             builder.icmp_signed("<", offset, ir.Constant(offset.type, 0)),
-            builder.icmp_signed(">", end, builder.mul(struct_.nitems, struct_.itemsize)),
+            builder.icmp_signed(
+                ">", end, builder.mul(length, ir.Constant(length.type, array_type.dtype.bitwidth // 8))
+            ),
         )
         with builder.if_then(outside, likely=False):
             context.call_conv.return_user_exc(builder, IndexError, ("integers outside their array",))
-    return builder.gep(builder.bitcast(struct_.data, ir.IntType(8).as_pointer()), [offset], inbounds=True)
+    return builder.gep(builder.bitcast(data, ir.IntType(8).as_pointer()), [offset], inbounds=True)
 
 
 def _has_half_conversion(context):
@@ -374,7 +378,7 @@ def _make_prefetch(locality):
     def codegen(context, builder, sig, args):
         byte = ir.IntType(8).as_pointer()
         i32 = ir.IntType(32)
-        element = builder.gep(context.make_array(sig.args[0])(context, builder, args[0]).data, [args[1]])
+        element = builder.gep(data_and_length(context, builder, sig.args[0], args[0])[0], [args[1]])
         address = builder.gep(builder.bitcast(element, byte), [args[2]])
         hint = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32]), "llvm.prefetch.p0"
@@ -480,7 +484,7 @@ def store_columns(typingctx, array, offsets, first, column, a, b, c, d):
         raise TypeError(f"vectors of {a.dtype} do not go into an array of {array.dtype}")
 
     def codegen(context, builder, sig, args):
-        table = context.make_array(offsets)(context, builder, args[1])
+        table, _ = data_and_length(context, builder, offsets, args[1])
         index = ir.VectorType(ir.IntType(32), 4)
 
         def pick(a, b, pattern):
@@ -502,7 +506,7 @@ def store_columns(typingctx, array, offsets, first, column, a, b, c, d):
             group = ir.Constant(index, list(range(i // 4 * 4, i // 4 * 4 + 4)))
             four = builder.shuffle_vector(rows[i % 4], ir.Constant(rows[0].type, ir.Undefined), group)
             row = builder.add(args[2], ir.Constant(ir.IntType(64), i))
-            at = builder.load(builder.gep(table.data, [row], inbounds=True))
+            at = builder.load(builder.gep(table, [row], inbounds=True))
             pointer = _element_pointer(context, builder, array, args[0], builder.add(at, args[3]), 4)
             builder.store(four, pointer, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()
@@ -668,7 +672,7 @@ def to_border(typingctx, array, index):
     """How many elements it is from an element to the next border of a vector (0 on one)."""
 
     def codegen(context, builder, sig, args):
-        pointer = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
+        pointer = builder.gep(data_and_length(context, builder, array, args[0])[0], [args[1]])
         i64 = ir.IntType(64)
         n_bytes = builder.and_(builder.neg(builder.ptrtoint(pointer, i64)), i64(VECTOR_BYTES - 1))
         return builder.udiv(n_bytes, i64(array.dtype.bitwidth // 8))
@@ -839,8 +843,8 @@ def next_task(typingctx, counter):
     """Take the next number from a shared one-element int64 counter (an atomic add: each number is taken once)."""
 
     def codegen(context, builder, sig, args):
-        array = context.make_array(counter)(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "monotonic")
+        data, _ = data_and_length(context, builder, counter, args[0])
+        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
 
     return types.int64(counter), codegen
 

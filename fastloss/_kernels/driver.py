@@ -21,8 +21,8 @@ import numpy as np
 from numba import config, float64, int64, prange
 
 from fastloss._kernels import tiles
-from fastloss._kernels._jit import Kernel, allocating, inline, subroutine
-from fastloss._kernels._memory import CACHE_LINE, flat_type, memory_of, take, take_rows
+from fastloss._kernels._jit import Kernel, inline, subroutine
+from fastloss._kernels._memory import CACHE_LINE, allocate, memory_type, release, take, take_rows
 from fastloss._kernels._simd import lanes, next_task
 from fastloss._kernels.sums import STATE_SIZE, add_state, rounded
 
@@ -57,7 +57,7 @@ STAGED_ROWS = 64
 #   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a
 #             batch of the result's
 #   kept      compute dtype: a block of classes, for the kernels that keep what they have computed
-#   memory    what all of them are cut out of
+#   memory    what all of them are cut out of, to be released
 Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage kept memory")
 
 # As many classes per lane as there may be.
@@ -70,7 +70,7 @@ def _padded(n_bytes):
     return (n_bytes + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
 
 
-@allocating
+@subroutine
 def _make_scratch(x, y, out, geometry, light, keeps):
     width, n_classes = tiles.scratch_width(geometry), geometry[tiles.N_CLASSES]
     n_lanes = lanes(out[0])
@@ -90,7 +90,7 @@ def _make_scratch(x, y, out, geometry, light, keeps):
     out_stage = other_stage + _padded(n_others * y.itemsize)
     kept = out_stage + _padded(n_out * out.itemsize)
     n_kept = n_others if keeps else 0
-    memory = np.empty(kept + n_kept * out.itemsize + CACHE_LINE, np.uint8)
+    memory = allocate(kept + n_kept * out.itemsize + CACHE_LINE)
     return Scratch(
         take(memory, 0, width, np.int32(0)),
         take_rows(memory, places, 3, width, np.int64(0)),
@@ -105,12 +105,17 @@ def _make_scratch(x, y, out, geometry, light, keeps):
     )
 
 
-@allocating
-def _new_ledgers(n_workers, kept):
+@subroutine
+def _new_ledgers(memory, n_workers, kept):
     """A ledger for each worker; the first goes on with what the caller has kept, if anything."""
-    ledgers = np.zeros((n_workers, LEDGER_SIZE), np.int64)
+    ledgers = take_rows(memory, 0, n_workers, LEDGER_SIZE, np.int64(0))
+    for worker in range(n_workers):
+        ledger = ledgers[worker]
+        for i in range(LEDGER_SIZE):
+            ledger[i] = 0
+    first = ledgers[0]
     for i in range(len(kept)):
-        ledgers[0, i] = kept[i]
+        first[i] = kept[i]
     return ledgers
 
 
@@ -150,7 +155,7 @@ class TileKernel(Kernel):
             if config.DISABLE_JIT:
                 entry = _python_entry(form, dtypes)
             else:
-                entry = form.compile((int64, *map(flat_type, dtypes), float64, float64))
+                entry = form.compile((int64, *map(memory_type, dtypes), float64, float64))
             self._entries[key] = entry
         return entry
 
@@ -173,7 +178,7 @@ def make_kernel(name, do_tile, light=0, keeps=False):
     ``sums``, and of ``other_stage`` and ``out_stage`` one value per row. With ``keeps`` it gets ``kept``.
     """
 
-    @allocating
+    @subroutine
     def work(counter, ledger, x, y, weight, out, geometry, keep, spread):
         scratch = _make_scratch(x, y, out, geometry, light, keeps)
         size = geometry[tiles.TASK_TILES]
@@ -183,14 +188,16 @@ def make_kernel(name, do_tile, light=0, keeps=False):
                 break
             for tile in range(first, min(first + size, geometry[tiles.N_TILES])):
                 do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread)
+        release(scratch.memory)
 
     def kernel(n_workers, kept, x, y, weight, out, geometry, keep, spread):
-        kept_ledger, table = memory_of(kept), memory_of(geometry)
-        inputs, others, weights, outputs = memory_of(x), memory_of(y), memory_of(weight), memory_of(out)
-        ledgers = _new_ledgers(n_workers, kept_ledger)
-        counter = ledgers[0, NEXT_TASK:]
+        memory = allocate(8 * LEDGER_SIZE * n_workers + CACHE_LINE)
+        ledgers = _new_ledgers(memory, n_workers, kept)
+        counter = ledgers[0][NEXT_TASK:]
         for worker in prange(n_workers):
-            work(counter, ledgers[worker], inputs, others, weights, outputs, table, keep, spread)
-        return _collect(ledgers, n_workers, kept_ledger)
+            work(counter, ledgers[worker], x, y, weight, out, geometry, keep, spread)
+        found = _collect(ledgers, n_workers, kept)
+        release(memory)
+        return found
 
     return TileKernel(name, kernel)

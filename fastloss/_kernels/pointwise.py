@@ -72,7 +72,8 @@ def _divergence(x, y):
         return _any_divergence(x, y), zero != zero
     difference = log_difference(y, x)
     is_odd = _is_odd(difference, y)
-    return where(is_odd, zero, y * difference + zero), is_odd
+    # (The fused zero makes a -0 of y = 0 positive.)
+    return where(is_odd, zero, fma(y, difference, zero)), is_odd
 
 
 @inline

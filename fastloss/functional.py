@@ -524,7 +524,7 @@ def _check(
 # Short calls of the commonest form, without weights: by all that the checks look at (function, dtypes, shapes, options;
 # those of options that are equal mean the same), what is left to do once such a call has passed them. It takes arrays
 # in any layout, and gives None where its result is not that simple: the arrays are not C-contiguous, a target is out of
-# range. With 32 rows of 10 classes the checks would take two thirds of the time.
+# range. With 32 rows of 10 classes the checks would take two thirds of the time, with a row of 128,256 a third.
 _MOST_SHORT_CALLS = 512
 _short_calls: dict[Any, Callable[[Any, Any], Any]] = {}
 

@@ -256,7 +256,14 @@ def _sum_group(
     x, origin, ahead, low, high, n_classes, shift, y, y_offset, y_stride, weight, keep, spread, exact, y_stage,
     rest, moment, mass,
 ):  # fmt: skip
-    """Add the blocks of a group to the sums of its chunk; see :func:`_max_shift_block`."""
+    """Add the blocks of a group to the sums of its chunk, and count its ties; see :func:`_max_shift_block`. The largest
+    of the elements ``ahead`` places behind comes with them.
+
+    A function of its own, in which nothing else is called, keeps the constants of the exponential in registers: LLVM
+    loads them anew for every vector otherwise (log-sum-exp of 65,536 x 1000 takes 1.2 times as long). A block's sums
+    are folded after those of the next have been taken: a fold waits for the last exponential, and the CPU does not look
+    far enough ahead to have other work meanwhile (1.04 times).
+    """
     zero = splat(scalar(0.0, shift))
     ties, ahead_largest = zero, splat(scalar(-np.inf, shift))
     s, a, m = zero, zero, zero

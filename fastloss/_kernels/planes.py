@@ -172,6 +172,14 @@ def _add_block(totals, sums, n_slots):
         store(totals, slot, load(totals, slot, 0.0) + load(sums, slot, 0.0))
 
 
+@inline
+def _ask_ahead(x, at, stride, n, n_classes, n_slots, n_lanes):
+    """Ask for what is read after the tile's rows of a class, from ``at`` on, in the second-level cache."""
+    ahead = at + (n if n_classes <= GROUP else AHEAD_OF_MANY * stride)
+    for slot in range(0, n_slots, n_lanes):
+        prefetch_l2(x, ahead + slot, 0)
+
+
 @subroutine
 def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage, kept):
     """The classes ``low .. high`` of :func:`target_tile`: their sums, folded, are left in the first lane."""
@@ -190,8 +198,8 @@ def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shi
         first = _is_first(c, low, high, n_classes, n_lanes)
         this_class = splat(integer_like(c, like))
         if direct:
+            _ask_ahead(x, at, stride, n, n_classes, n_slots, n_lanes)
             for slot in range(0, n_slots, n_lanes):
-                prefetch_l2(x, at + n + slot, 0)
                 prefetch(x, at + AHEAD * stride + slot, 0)
         for slot in range(0, n_slots, n_lanes):
             row = row_of(slot, n, n_lanes)
@@ -392,10 +400,7 @@ def _search_group(x, offsets, n, low, high, n_classes, stride, direct, width, st
         last = min(first + SEARCHED, high)
         if direct:
             for c in range(first, last):
-                at = offsets[0] + c * stride
-                ahead = at + (n if n_classes <= GROUP else AHEAD_OF_MANY * stride)
-                for slot in range(0, n_slots, n_lanes):
-                    prefetch_l2(x, ahead + slot, 0)
+                _ask_ahead(x, offsets[0] + c * stride, stride, n, n_classes, n_slots, n_lanes)
         elif (first - low) % BATCH == 0:
             stage_classes(
                 x, offsets, n, stride, first, min(first + BATCH, high), width, stage[(first - low) * width :], like

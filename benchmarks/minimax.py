@@ -68,6 +68,11 @@ def _log1p_rest(x):
     return (log1p(x) - x) / x**2 if abs(x) > mpf("1e-25") else -mpf(1) / 2 + x / 3
 
 
+def _log1p_last(x):
+    """(log1p(x) - x + x**2 / 2) / x**3"""
+    return (log1p(x) - x + x**2 / 2) / x**3 if abs(x) > mpf("1e-17") else mpf(1) / 3 - x / 4
+
+
 def main():
     half = log(2) / 2
     for dtype, degrees in ((np.float32, (4, 8)), (np.float64, (10, 19))):
@@ -86,11 +91,13 @@ def main():
         )
         error = worst(lambda x, p=p: x + x**2 * mp.polyval(p[::-1], x), log1p, "-0.25", "0.5")
         report(f"{name} log1p", p, error)
-    # log(1 + x) = x + x**2 * p(x) on [-1/3, 1/3] for the divergence; the error is absolute.
+    # log(1 + x) = x - x**2 / 2 + x**3 * p(x) on [-1/3, 1/3] for the divergence; the error is absolute.
     third = mpf(1) / 3
-    p = rounded(remez(_log1p_rest, lambda x: x**2 + mpf("1e-6"), -third * (1 + mpf(2) ** -10), third, 8), np.float32)
+    low = -third * (1 + mpf(2) ** -10)
+    p = rounded(remez(_log1p_last, lambda x: abs(x) ** 3 + mpf("1e-7"), low, third, 7), np.float32)
     points = [-third + third * i / 1000 for i in range(2001)]
-    report("float32 log", p, max(abs(x + x**2 * mp.polyval(p[::-1], x) - log1p(x)) for x in points), "absolute")
+    error = max(abs(x - x**2 / 2 + x**3 * mp.polyval(p[::-1], x) - log1p(x)) for x in points)
+    report("float32 log", p, error, "absolute")
 
 
 def report(title, coefficients, error, kind="relative"):

@@ -61,7 +61,7 @@ class TestValues:
         got = kl(frozen(x), frozen(y), reduction, log_target)
         assert_close(got, references.kl_div(x, y, reduction, log_target), dtype, log_target, x, y)
 
-    @pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025, 2047, 2048, 2049, 2064, 4103])
+    @pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025, 2063, 4095, 4096, 4097, 4112, 8215])
     def test_sizes_around_the_vectors_and_tiles(self, rng, frozen, dtype, log_target, size):
         x, y = make_problem(rng, (size,), (size,), dtype, log_target)
         got = kl(frozen(x), frozen(y), "none", log_target)
@@ -189,17 +189,31 @@ class TestSpecialValues:
         assert np.isnan(kl(x, y, "sum"))
         assert np.isnan(kl(x, y)).sum() == 1
 
+    @pytest.mark.parametrize("place", [0, 17, 4095, 4096, 8194])
+    @pytest.mark.parametrize("target", [-0.5, -1e-30, -INF, INF, NAN, -0.0])
+    def test_one_odd_target_anywhere_in_a_tile(self, rng, dtype, place, target):
+        x, y = (a[:8195] for a in tiles_of(rng, dtype, False, (1, 1, 1)))
+        y[place] = 0
+        without = kl(x, y, "sum")
+        y[place] = target
+        expected = references.kl_point(x[place], target)
+        np.testing.assert_equal(kl(x, y)[place], dtype(expected))
+        np.testing.assert_equal(kl(x, y, "sum"), without if target == 0 else dtype(expected))
+
+
+TILE = 4096
+
 
 def tiles_of(rng, dtype, log_target, scales):
-    """x and y whose divergences are of the given magnitudes, 2048 of each, a tile."""
+    """x and y whose divergences are of the given magnitudes, a tile of each."""
     x, y = [], []
     for scale in map(float, scales):
-        goal = rng.uniform(0.5, 1, 2048)
+        goal = rng.uniform(0.5, 1, TILE)
         if log_target:
-            x.append(np.log(goal) + rng.choice([-1, 1], 2048) * scale * rng.random(2048))
+            x.append(np.log(goal) + rng.choice([-1, 1], TILE) * scale * rng.random(TILE))
             y.append(np.log(goal))
         else:
-            x.append(np.log(goal) - rng.uniform(1, 2, 2048) * max(scale, 1.0))
+            x.append(np.log(goal) - rng.uniform(1, 2, TILE) * max(scale, 1.0))
             y.append(goal * min(scale, 1.0))
     return np.concatenate(x).astype(dtype), np.concatenate(y).astype(dtype)
 
@@ -237,25 +251,38 @@ class TestExactSums:
 
     def test_a_tile_of_equal_distributions(self, rng, dtype, log_target):
         """All its differences cancel: in float32 they are all taken in float64."""
-        y = rng.uniform(0.1, 1, 5000)
+        y = rng.uniform(0.1, 1, 2 * TILE + 900)
         y = (np.log(y) if log_target else y).astype(dtype)
         x = y.copy() if log_target else np.log(y.astype(float)).astype(dtype)
-        x[:2048] -= 1
-        assert not self.check(x, y, log_target)[2048:].any() or not log_target
+        x[:TILE] -= 1
+        assert not self.check(x, y, log_target)[TILE:].any() or not log_target
 
     def test_targets_of_zero_and_subnormal_targets(self, rng, dtype, log_target):
         if log_target:
-            y = np.where(rng.random(5000) < 0.5, -rng.uniform(80, 800, 5000), -1).astype(dtype)
+            y = np.where(rng.random(9000) < 0.5, -rng.uniform(80, 800, 9000), -1).astype(dtype)
         else:
             tiny = np.finfo(dtype).smallest_subnormal
-            y = np.where(rng.random(5000) < 0.5, rng.integers(0, 3, 5000) * tiny, 0.25).astype(dtype)
-        self.check(-rng.uniform(0, 9, 5000).astype(dtype), y, log_target)
+            y = np.where(rng.random(9000) < 0.5, rng.integers(0, 3, 9000) * tiny, 0.25).astype(dtype)
+        self.check(-rng.uniform(0, 9, 9000).astype(dtype), y, log_target)
+
+    @pytest.mark.parametrize("spread", [0.01, 0.3, 4, 8, 16, 40])
+    def test_logits_of_any_spread(self, rng, dtype, log_target, spread):
+        """From distributions that are nearly equal to those whose probabilities reach down to the smallest number."""
+        logits = spread * rng.normal(size=(2, 40, 700))
+        x, y = logits - np.log(np.exp(logits - logits.max()).sum(2, keepdims=True)) - logits.max()
+        self.check(x.astype(dtype).ravel(), (y if log_target else np.exp(y)).astype(dtype).ravel(), log_target)
+
+    def test_tiles_of_wide_and_narrow_spread_in_turn(self, rng, dtype, log_target):
+        """More of the latter than go on wide grids before narrow ones are tried again."""
+        exponents = np.where(np.arange(200) % 90 == 1, -90.0, -1.0)[:, None] * rng.random((200, TILE))
+        y = exponents.ravel().astype(dtype)
+        self.check((y + 1).astype(dtype), y if log_target else np.exp2(y), log_target)
 
     @pytest.mark.parametrize("special", [INF, -INF, NAN])
-    @pytest.mark.parametrize("place", [0, 2047, 2048, 4098])
+    @pytest.mark.parametrize("place", [0, 4095, 4096, 8194])
     def test_one_value_that_is_no_number(self, rng, dtype, log_target, special, place):
         x, y = tiles_of(rng, dtype, log_target, (1, 1, 1))
-        x, y = x[:4099], y[:4099]
+        x, y = x[:8195], y[:8195]
         x[place] = special
         np.testing.assert_equal(kl(x, y, "sum", log_target), dtype(-special))
         x[place] = -INF
@@ -265,8 +292,8 @@ class TestExactSums:
     def test_huge_values_that_cancel(self, rng, dtype, log_target):
         x, y = tiles_of(rng, dtype, log_target, (1, 1))
         big = 2.0**120 if dtype is np.float32 else 2.0**1000
-        x[5], x[3000] = big, -big
-        y[5] = y[3000] = 0.0 if log_target else 1.0
+        x[5], x[7000] = big, -big
+        y[5] = y[7000] = 0.0 if log_target else 1.0
         self.check(x, y, log_target)
 
 

@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 
 from fastloss._kernels._simd import lanes, load, splat
 from fastloss._kernels.sums import (
+    FIRST_GUESS,
     MAX_BLOCK,
-    MAX_GUESSED,
+    NARROW,
     NO_GUESS,
     STATE_SIZE,
+    WIDE,
     add_block,
     add_state,
-    add_sums,
-    add_vector,
-    grids,
-    no_sums,
     rounded,
 )
 
@@ -30,12 +28,15 @@ INF, NAN = math.inf, math.nan
 
 
 @numba.njit
-def _sum_blocks(values, block, scratch, states):
-    """Blocks in turn to each state, joined at the end; rounded twice, which must not change the state."""
+def _sum_blocks(values, block, scratch, states, guess):
+    """Blocks in turn to each state, joined at the end; rounded twice, which must not change the state.
+
+    The first block has a guess, each further one that of the block before.
+    """
     for i, begin in enumerate(range(0, len(values), block)):
         n = min(block, len(values) - begin)
         scratch[:n] = values[begin : begin + n]
-        add_block(states[i % len(states)], scratch, n)
+        guess = add_block(states[i % len(states)], scratch, n, guess)
     for i in range(1, len(states)):
         add_state(states[0], states[i])
     return rounded(states[0]), rounded(states[0])
@@ -43,9 +44,12 @@ def _sum_blocks(values, block, scratch, states):
 
 def exact_sum(values, block=1024, n_states=1, dtype=np.float64):
     values = np.asarray(values, dtype)
-    states = np.zeros((n_states, STATE_SIZE), np.int64)
-    first, second = _sum_blocks(values, block, np.zeros(block + 16, dtype), states)
-    assert first == second or (math.isnan(first) and math.isnan(second))
+    sums = set()
+    for guess in (NO_GUESS, FIRST_GUESS, -30):
+        states = np.zeros((n_states, STATE_SIZE), np.int64)
+        sums.update(_sum_blocks(values, block, np.zeros(block + 16, dtype), states, guess))
+    first = sums.pop()
+    assert not sums or (math.isnan(first) and all(map(math.isnan, sums)))
     return first
 
 
@@ -124,112 +128,128 @@ class TestAgainstFsum:
         assert exact_sum(values, 256, 4) == math.fsum(values)
 
 
-@numba.njit
-def _guess_sum(values, exponent, state):
-    like = values[0]
-    vector = splat(like)
-    constants, sums = grids(vector, exponent), no_sums(vector)
-    for i in range(0, len(values), lanes(like)):
-        sums = add_vector(load(values, i, like), sums, constants)
-    was_exact = add_sums(vector, state, sums, exponent, len(values) // lanes(like), True)
-    return was_exact, rounded(state)
+def _make_guess_sum(kind):
+    grids, no_sums, add_vector, _, add_sums = kind
+
+    @numba.njit
+    def guess_sum(values, exponent, state):
+        like = values[0]
+        vector = splat(like)
+        constants, sums = grids(vector, exponent), no_sums(vector)
+        for i in range(0, len(values), lanes(like)):
+            sums = add_vector(load(values, i, like), sums, constants)
+        was_exact = add_sums(vector, state, sums, exponent, len(values) // lanes(like), True)
+        return was_exact, rounded(state)
+
+    return guess_sum
+
+
+_guess_sum = {kind: _make_guess_sum(kind) for kind in (NARROW, WIDE)}
 
 
 @numba.njit
 def _guess_of(values):
     scratch = np.zeros(len(values) + 16, values.dtype)
     scratch[: len(values)] = values
-    return add_block(np.zeros(STATE_SIZE, np.int64), scratch, len(values))
+    return add_block(np.zeros(STATE_SIZE, np.int64), scratch, len(values), NO_GUESS)
 
 
-def guessed_sum(values, exponent, dtype):
+def guessed_sum(values, exponent, dtype, kind=NARROW):
     """The sum on grids for values below 2**(exponent + 1), or None where these will not do."""
     padded = np.zeros(-(-len(values) // 16) * 16, dtype)
     padded[: len(values)] = values
     state = np.zeros(STATE_SIZE, np.int64)
-    was_exact, total = _guess_sum(padded, exponent, state)
+    was_exact, total = _guess_sum[kind](padded, exponent, state)
     assert was_exact or not state.any()
     return total if was_exact else None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", [NARROW, WIDE], ids=["narrow", "wide"])
 class TestGuesses:
     """Grids laid for an exponent that is not the values'."""
 
-    def depth(self, dtype):
+    def depth(self, dtype, kind):
         """How far below 2**exponent the finest grid lies."""
-        return 67 if dtype is np.float32 else 100
+        return 202 if kind is WIDE else 67 if dtype is np.float32 else 100
 
-    def test_every_exponent_gives_the_exact_sum_or_none(self, rng, dtype):
+    def test_every_exponent_gives_the_exact_sum_or_none(self, rng, dtype, kind):
         """Which, is known: the largest value must fit, and all be multiples of the finest grid's step."""
         values = (rng.normal(size=1000) * np.exp2(rng.integers(-9, 1, 1000))).astype(dtype)
         largest = int(np.frexp(np.abs(values).max())[1])
         lowest_bit = min(int(np.frexp(v)[1]) for v in values) - (24 if dtype is np.float32 else 53)
         n_exact = 0
         for exponent in range(-30, 60):
-            got = guessed_sum(values, exponent, dtype)
-            if exponent < largest - 2 or exponent > lowest_bit + 24 + 53 + self.depth(dtype):
+            got = guessed_sum(values, exponent, dtype, kind)
+            if exponent < largest - 2 or exponent > lowest_bit + 24 + 53 + self.depth(dtype, kind):
                 assert got is None
-            elif largest <= exponent <= lowest_bit + self.depth(dtype):
+            elif largest <= exponent <= lowest_bit + self.depth(dtype, kind):
                 assert got is not None
             if got is not None:
                 n_exact += 1
                 assert got == math.fsum(values.tolist())
         assert n_exact >= 15
 
-    def test_too_large_by_a_little(self, dtype):
+    def test_too_large_by_a_little(self, dtype, kind):
         """Half of the grid's numbers may be reached, and no more."""
         for sign in (1, -1):
-            for values in ([1.0, sign * 4.5], [sign * 5.0] * MAX_GUESSED, [sign * 2.0**90], [sign * 2.0**30, 1.0]):
-                assert guessed_sum(values, 0, dtype) is None
+            for values in ([1.0, sign * 4.5], [sign * 5.0] * MAX_BLOCK, [sign * 2.0**90], [sign * 2.0**30, 1.0]):
+                assert guessed_sum(values, 0, dtype, kind) is None
             for value in (2.0, np.nextafter(dtype(2), dtype(0)), 1.0, 2.0**-30):
-                assert guessed_sum([sign * value] * 7, 0, dtype) in (None, 7.0 * sign * float(value))
-            assert guessed_sum([sign * 1.75] * MAX_GUESSED, 0, dtype) == sign * 1.75 * MAX_GUESSED
+                assert guessed_sum([sign * value] * 7, 0, dtype, kind) in (None, 7.0 * sign * float(value))
+            assert guessed_sum([sign * 1.75] * MAX_BLOCK, 0, dtype, kind) == sign * 1.75 * MAX_BLOCK
 
-    def test_a_block_of_the_largest_size_at_the_limit_of_the_integers(self, dtype):
+    def test_a_block_of_the_largest_size_at_the_limit_of_the_integers(self, dtype, kind):
         """Values that just fit, above what the exponent says, all of one sign."""
         for value in (3.75, 3.9990234375, np.nextafter(dtype(4), dtype(0)), 2.0, 1.0):
             for sign in (1, -1):
-                got = guessed_sum([sign * value] * MAX_GUESSED, 0, dtype)
-                assert got in (None, sign * float(value) * MAX_GUESSED)
+                got = guessed_sum([sign * value] * MAX_BLOCK, 0, dtype, kind)
+                assert got in (None, sign * float(value) * MAX_BLOCK)
 
     @pytest.mark.parametrize("special", [INF, -INF, NAN])
-    def test_no_numbers(self, dtype, special):
+    def test_no_numbers(self, dtype, kind, special):
         for exponent in (-40, 0, 40):
-            assert guessed_sum([1.0, special, 0.5], exponent, dtype) is None
+            assert guessed_sum([1.0, special, 0.5], exponent, dtype, kind) is None
 
-    def test_zeros_of_either_sign(self, dtype):
-        assert guessed_sum([0.0, -0.0] * 20, 0, dtype) == 0.0
-        assert guessed_sum([1.5, -0.0] * 20, 0, dtype) == 30.0
+    def test_zeros_of_either_sign(self, dtype, kind):
+        assert guessed_sum([0.0, -0.0] * 20, 0, dtype, kind) == 0.0
+        assert guessed_sum([1.5, -0.0] * 20, 0, dtype, kind) == 30.0
 
-    def test_what_is_below_the_finest_grid(self, dtype):
-        depth = self.depth(dtype)
-        assert guessed_sum([1.0, 2.0**-depth, -1.0], 0, dtype) == 2.0**-depth
-        assert guessed_sum([1.0, 1.5 * 2.0**-depth, -1.0], 0, dtype) is None
-        assert guessed_sum([1.0, 2.0 ** (-depth - 1)], 0, dtype) is None
-        assert guessed_sum([1.0, float(np.finfo(dtype).smallest_subnormal)], 0, dtype) is None
+    def test_what_is_below_the_finest_grid(self, dtype, kind):
+        top = 60 if kind is WIDE and dtype is np.float32 else 0  # (no number of float32 is 2**-202)
+        one, finest = 2.0**top, 2.0 ** (top - self.depth(dtype, kind))
+        assert guessed_sum([one, finest, -one], top, dtype, kind) == finest
+        assert guessed_sum([one, 1.5 * finest, -one], top, dtype, kind) is None
+        assert guessed_sum([one, finest / 2], top, dtype, kind) is None
+        assert guessed_sum([one, float(np.finfo(dtype).smallest_subnormal)], top, dtype, kind) is None
 
-    def test_a_block_gives_a_guess_that_does_for_blocks_like_it(self, rng, dtype):
+    def test_a_block_gives_a_guess_that_does_for_blocks_like_it(self, rng, dtype, kind):
         largest = 60 if dtype is np.float32 else 400
         for exponent in range(-largest, largest, 7):
             values = np.ldexp(rng.normal(size=200), exponent).astype(dtype)
             guess = _guess_of(values)
             for scale in (1, 8, 2.0**-6):
-                assert guessed_sum(values * dtype(scale), guess, dtype) == math.fsum((values * dtype(scale)).tolist())
+                scaled = values * dtype(scale)
+                assert guessed_sum(scaled, guess, dtype, kind) == math.fsum(scaled.tolist())
 
-    def test_a_block_of_a_hundred_binades_gives_none(self, dtype):
-        spread = 2.0**-100 if dtype is np.float32 else 2.0**-140
-        for values in ([1.0, spread], [1.0, INF], [NAN], [1e38 if dtype is np.float32 else 1e300, 1.0]):
+    def test_a_block_of_many_binades_gives_a_guess_for_wide_grids(self, dtype, kind):
+        values = [1.0, 2.0**-100 if dtype is np.float32 else 2.0**-140]
+        guess = _guess_of(np.array(values, dtype))
+        assert guessed_sum(values, guess, dtype, kind) == (1.0 if kind is WIDE else None)
+
+    def test_a_block_that_no_grids_take_gives_none(self, dtype, kind):
+        smallest = float(np.finfo(dtype).smallest_subnormal)
+        for values in ([1.0, INF], [NAN], [2.0**120 if dtype is np.float32 else 1.0, smallest]):
             assert _guess_of(np.array(values, dtype)) == NO_GUESS
 
-    def test_guesses_at_the_ends(self, dtype):
+    def test_guesses_at_the_ends(self, dtype, kind):
         """Of zeros, of the smallest and of the largest numbers that grids take."""
         smallest = float(np.finfo(dtype).smallest_subnormal)
         top = 2.0**125 if dtype is np.float32 else 2.0**959
         for values in ([0.0, 0.0], [smallest] * 3, [top, top / 2]):
             array = np.array(values, dtype)
             guess = _guess_of(array)
-            assert guessed_sum(values, guess, dtype) in (None, math.fsum(values)) if guess != NO_GUESS else True
+            assert guessed_sum(values, guess, dtype, kind) in (None, math.fsum(values)) if guess != NO_GUESS else True
             assert exact_sum(values, dtype=dtype) == math.fsum(values)
 
 

@@ -52,6 +52,7 @@ __all__ = [
     "negative_zeros_like",
     "next_task",
     "polynomial",
+    "polynomial_by_pairs",
     "prefetch",
     "prefetch_l2",
     "scalar",
@@ -65,6 +66,7 @@ __all__ = [
     "tree_max",
     "tree_sum",
     "where",
+    "widen",
 ]
 
 VECTOR_BYTES = 64
@@ -708,6 +710,27 @@ def fma(typingctx, a, b, c):
     return a(a, b, c), codegen
 
 
+def polynomial_by_pairs(*coefficients):
+    """Make the function ``(x, x**2) -> c0 + c1 x + c2 x**2 + ...``, by Horner's rule in x**2 for pairs of coefficients:
+    one fused operation per degree too, but half as many that wait for one another.
+    """
+
+    @intrinsic
+    def evaluate(typingctx, x, square):
+        def codegen(context, builder, sig, args):
+            constants = [_constant(x, [float(c)] * x.count) for c in coefficients]
+            even, odd = constants[::2], constants[1::2]
+            pairs = [_fma_ir(builder, x, b, args[0], a) for a, b in zip(even, odd, strict=False)]
+            result, *others = reversed([*pairs, *even[len(odd) :]])
+            for pair in others:
+                result = _fma_ir(builder, x, result, args[1], pair)
+            return result
+
+        return x(x, x), codegen
+
+    return evaluate
+
+
 def polynomial(*coefficients):
     """Make the function ``x -> c0 + c1 x + c2 x**2 + ...``, by Horner's rule with one fused operation per degree."""
 
@@ -732,6 +755,18 @@ def where(typingctx, mask, a, b):
         return builder.select(*args)
 
     return a(mask, a, b), codegen
+
+
+@intrinsic
+def widen(typingctx, value):
+    """The low and the high half of a float32 vector as float64 vectors."""
+    vector = Vector.of(types.float64)
+
+    def codegen(context, builder, sig, args):
+        halves = _halves(builder, args[0], value.count)
+        return cgutils.pack_array(builder, [builder.fpext(half, _vector_ir(vector)) for half in halves])
+
+    return types.UniTuple(vector, 2)(value), codegen
 
 
 @intrinsic

@@ -29,6 +29,7 @@ __all__ = [
     "negative_zeros_like",
     "next_task",
     "polynomial",
+    "polynomial_by_pairs",
     "prefetch",
     "prefetch_l2",
     "scalar",
@@ -42,6 +43,7 @@ __all__ = [
     "tree_max",
     "tree_sum",
     "where",
+    "widen",
 ]
 
 _INTEGER = {np.dtype("f4"): np.int32, np.dtype("f8"): np.int64, np.dtype("i4"): np.int32, np.dtype("i8"): np.int64}
@@ -202,8 +204,24 @@ def polynomial(*coefficients):
     return evaluate
 
 
+def polynomial_by_pairs(*coefficients):
+    def evaluate(x, square):
+        pairs = [coefficients[i : i + 2] for i in range(0, len(coefficients), 2)]
+        terms = [fma(x, splat(pair[1]), splat(pair[0])) if len(pair) == 2 else splat(pair[0]) for pair in pairs]
+        result = terms[-1]
+        for term in reversed(terms[:-1]):
+            result = fma(result, square, term)
+        return result
+
+    return evaluate
+
+
 def where(mask, a, b):
     return np.where(mask, a, b)
+
+
+def widen(value):
+    return value[:8].astype(np.float64), value[8:].astype(np.float64)
 
 
 def to_bits(value):

@@ -9,9 +9,9 @@ where every array is flat memory, ``out`` has the compute dtype, and what a kern
 returns the two sums so far, rounded, and how many rows were kept and how many targets out of range, so far. It never
 raises, and never allocates per row.
 
-A *ledger* is a row of int64: two exact sums (see :mod:`fastloss._kernels.sums`), what was counted, an exponent that the
-next tile's values are guessed to have, and in the first one the number of the next task. Each worker has one; at the
-end the others are added to the first. The caller may keep it from call to call, or give an empty array.
+A *ledger* is a row of int64: two exact sums (see :mod:`fastloss._kernels.sums`), what was counted, what the next tile's
+values are guessed to be like, and in the first one the number of the next task. Each worker has one; at the end the
+others are added to the first. The caller may keep it from call to call, or give an empty array.
 """
 
 from collections import namedtuple
@@ -24,12 +24,13 @@ from fastloss._kernels import tiles
 from fastloss._kernels._jit import Kernel, inline, subroutine
 from fastloss._kernels._memory import CACHE_LINE, allocate, memory_type, release, take, take_rows
 from fastloss._kernels._simd import lanes, next_task
-from fastloss._kernels.sums import STATE_SIZE, add_state, rounded
+from fastloss._kernels.sums import FIRST_GUESS, STATE_SIZE, add_state, rounded
 
-# Where in a ledger the second sum lies, the counts and the guess; the shared counter has a cache line of its own.
+# Where in a ledger the second sum lies, the counts, a guess for each sum, and for how many tiles more the first goes on
+# wide grids; the shared counter has a cache line of its own.
 SECOND_SUM = STATE_SIZE
 KEPT, BAD = 2 * STATE_SIZE, 2 * STATE_SIZE + 1
-GUESS = 2 * STATE_SIZE + 2
+GUESS, SECOND_GUESS, WIDE_TILES = 2 * STATE_SIZE + 2, 2 * STATE_SIZE + 3, 2 * STATE_SIZE + 4
 NEXT_TASK = 2 * STATE_SIZE + 16
 LEDGER_SIZE = 2 * STATE_SIZE + 32
 
@@ -112,10 +113,9 @@ def _new_ledgers(memory, n_workers, kept):
     for worker in range(n_workers):
         ledger = ledgers[worker]
         for i in range(LEDGER_SIZE):
-            ledger[i] = 0
-    first = ledgers[0]
-    for i in range(len(kept)):
-        first[i] = kept[i]
+            ledger[i] = kept[i] if worker == 0 and i < len(kept) else 0
+        ledger[GUESS] = FIRST_GUESS
+        ledger[SECOND_GUESS] = FIRST_GUESS
     return ledgers
 
 

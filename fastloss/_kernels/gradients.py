@@ -28,7 +28,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference
-from fastloss._kernels.driver import BAD, BATCH, BLOCK, KEPT, SECOND_SUM, make_kernel
+from fastloss._kernels.driver import BAD, BATCH, BLOCK, KEPT, SECOND_GUESS, SECOND_SUM, make_kernel
 from fastloss._kernels.sums import add_block
 
 # Their places in the geometry, behind the input, the targets and the losses.
@@ -434,7 +434,7 @@ def _weigh_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread
     if geometry[tiles.IS_WEIGHTED]:
         for i in range(n):
             values[i] = weight[targets[i]] if targets[i] >= 0 else 0.0
-        add_block(ledger[SECOND_SUM:KEPT], values, n)
+        ledger[SECOND_GUESS] = add_block(ledger[SECOND_SUM:KEPT], values, n, ledger[SECOND_GUESS])
 
 
 @inline

@@ -22,7 +22,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import LOG1P_LIMIT, log1p
-from fastloss._kernels.driver import ANY_NUMBER, BAD, KEPT, SECOND_SUM, make_kernel
+from fastloss._kernels.driver import ANY_NUMBER, BAD, GUESS, KEPT, SECOND_GUESS, SECOND_SUM, make_kernel
 from fastloss._kernels.sums import add_block
 
 
@@ -40,11 +40,11 @@ def deliver(ledger, y, weight, out, geometry, start, n, offsets, targets, loss):
     if geometry[tiles.WANTS_ROWS]:
         tiles.put_rows(out, geometry, tiles.OUT, start, n, offsets, loss)
     if geometry[tiles.WANTS_SUM]:
-        add_block(ledger[:SECOND_SUM], loss, n)
+        ledger[GUESS] = add_block(ledger[:SECOND_SUM], loss, n, ledger[GUESS])
         if geometry[tiles.IS_WEIGHTED]:
             for i in range(n):
                 loss[i] = weight[targets[i]] if targets[i] >= 0 else 0.0
-            add_block(ledger[SECOND_SUM:KEPT], loss, n)
+            ledger[SECOND_GUESS] = add_block(ledger[SECOND_SUM:KEPT], loss, n, ledger[SECOND_GUESS])
 
 
 @subroutine

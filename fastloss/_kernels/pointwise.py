@@ -1,8 +1,9 @@
 """The kernel of the Kullback-Leibler divergence: element by element, over two arrays of one broadcast shape.
 
 A sum is taken in the loop that makes the values, which are not written: the exact sum's grids (see
-:mod:`fastloss._kernels.sums`) are laid by the exponent of a tile before. A tile that does not fit them is evaluated
-again, written, and added as a block, which gives the next guess.
+:mod:`fastloss._kernels.sums`) are laid by the exponent of a tile before. A tile whose values spread over too many
+binades is evaluated again on wide grids, one that does not fit them either is written, and added as a block, which
+gives the next guess.
 
 Without prefetches: two streams that run through whole tiles are what the CPU's own prefetcher is made for (65,536 x 500
 is read 1.04 times as fast without).
@@ -13,6 +14,7 @@ import numpy as np
 from fastloss._kernels import planes, tiles
 from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
+    any_lane,
     first_lane,
     fma,
     integer_like,
@@ -25,30 +27,43 @@ from fastloss._kernels._simd import (
     scalar,
     splat,
     store,
+    to_bits,
     where,
 )
 from fastloss._kernels._vecmath import exp, log_difference
-from fastloss._kernels.driver import ANY_NUMBER, GUESS, SECOND_SUM, make_kernel
-from fastloss._kernels.sums import NO_GUESS, add_block, add_sums, add_vector, grids, no_sums
+from fastloss._kernels.driver import ANY_NUMBER, GUESS, SECOND_SUM, WIDE_TILES, make_kernel
+from fastloss._kernels.sums import NARROW, NO_GUESS, WIDE, add_block
 
-# The difference of float32, good to 1.2e-8 where it is small, gives values within 1e-6 in relative terms where the
-# logarithms differ by this or more.
-CLOSE = 2.0**-6
-# Smaller probabilities are left to float64, whose numbers CLOSE times them are exactly.
-SMALLEST = 2.0**-120
+# The difference of float32, good to 4.5e-9 where it is small, gives values within 7e-7 in relative terms where the
+# logarithms differ by 2**CLOSE or more.
+CLOSE = -7
+# Probabilities below 2**SMALLEST are left to float64, whose numbers 2**CLOSE times them are exactly.
+SMALLEST = -120
+# How many tiles go on wide grids after one that does not fit the narrow ones, before these are tried again.
+STAY_WIDE = 64
+
+_LARGEST_INTEGER = 0x7FFFFFFF
 
 
 @inline
-def _is_odd(difference, y):
-    """Whether y * ``difference`` may be wrong in float32: y is neither 0 nor a large enough positive number, or the
-    logarithms differ by less than :data:`CLOSE`.
-    """
-    like = first_lane(y)
-    smallest, infinity = splat(scalar(SMALLEST, like)), splat(scalar(np.inf, like))
-    zero, close = splat(scalar(0.0, like)), splat(scalar(CLOSE, like))
-    size = where(difference < zero, -difference, difference)
-    is_ordinary = ((y == zero) | (y >= smallest)) & (y < infinity) & (size >= close)
-    return is_ordinary ^ (zero == zero)
+def _is_far(difference):
+    """Whether the logarithms differ by 2**:data:`CLOSE` or more."""
+    like = first_lane(difference)
+    size = to_bits(difference) & splat(integer_like(_LARGEST_INTEGER, like))
+    return size >= splat(integer_like((CLOSE + 127) << 23, like))
+
+
+@inline
+def _order(y):
+    """Integers in the order of the probabilities, but for 0, which comes last."""
+    return to_bits(y) + splat(integer_like(_LARGEST_INTEGER, first_lane(y)))
+
+
+@inline
+def _order_of_power(exponent, like):
+    """:func:`_order` of 2**``exponent`` in float32; in float64, where no probability is too small, below all."""
+    order = ((exponent + 127) << 23) + _LARGEST_INTEGER
+    return splat(integer_like(order if lanes(like) != lanes(0.0) else np.int64(0), like))
 
 
 @inline
@@ -64,16 +79,17 @@ def _any_divergence(x, y):
 @inline
 def _divergence(x, y):
     """xlogy(y, y) - y * x as y * (log(y) - x), the difference with more digits than the data's: its terms cancel where
-    the distributions are close. In float32 some are odd (see :func:`_is_odd`): these are 0, and told by a mask.
+    the distributions are close. For float32, y is 0 or from 2**:data:`SMALLEST` on and finite, and those values that
+    are not good enough are 0, and told by a mask.
     """
     like = first_lane(y)
     zero = splat(scalar(0.0, like))
     if lanes(like) == lanes(0.0):
         return _any_divergence(x, y), zero != zero
     difference = log_difference(y, x)
-    is_odd = _is_odd(difference, y)
+    is_good = _is_far(difference)
     # (The fused zero makes a -0 of y = 0 positive.)
-    return where(is_odd, zero, fma(y, difference, zero)), is_odd
+    return where(is_good, fma(y, difference, zero), zero), is_good ^ (zero == zero)
 
 
 @inline
@@ -87,51 +103,85 @@ def _log_divergence(x, y):
     return root * root * (y - x), y != y
 
 
+@inline
+def _note(odd, slot, bits):
+    """Take note of the odd ones from the slot on, in the word that holds 32 slots."""
+    place = slot & 31
+    odd[slot >> 5] = bits if place == 0 else odd[slot >> 5] | (bits << place)
+
+
 @subroutine
-def _mend(x, x_at, y, y_at, odd, n_odd, numbers, inputs, targets, mended):
-    """Take those values of a tile in float64 that ``odd`` tells (the first of some values, and which of them): into
-    ``mended``, one after the other, with their ``numbers`` and a vector of zeros behind; how many they are.
+def _mend(x, x_at, y, y_at, n, odd, numbers, inputs, targets, mended):
+    """Take those of a tile's ``n`` values in float64 that ``odd`` tells, 32 in the bits of each word: into ``mended``,
+    one after the other, with their ``numbers`` and a vector of zeros behind; how many they are.
 
-    They are some in a hundred where the distributions are not close, so they are gathered to fill vectors.
+    They are some in a hundred where the distributions are not close, so they are gathered to fill vectors. Of 64 bits,
+    two are looked for without asking whether there are so many: one wrong guess of the CPU takes longer.
     """
-    n = 0
-    for k in range(n_odd):
-        bits = odd[k] & 0xFFFFFFFF
-        while bits:
-            i = (odd[k] >> 32) + lowest_bit(bits)
+    n_words = (n + 31) // 32
+    odd[n_words] = 0
+    n_odd = 0
+    for word in range(0, n_words, 2):
+        bits = odd[word] | (odd[word + 1] << 32)
+        for _ in range(2):
+            numbers[n_odd] = 32 * word + lowest_bit(bits)
+            n_odd += bits != 0
             bits &= bits - 1
-            numbers[n] = i
-            inputs[n] = load_one(x, x_at + i, 0.0)
-            targets[n] = load_one(y, y_at + i, 0.0)
-            n += 1
-    for i in range(0, n, lanes(0.0)):
-        store(mended, i, _any_divergence(load(inputs, i, 0.0), load(targets, i, 0.0)))
-    store(mended, n, splat(scalar(0.0, mended[0])))
-    return n
+        while bits:
+            numbers[n_odd] = 32 * word + lowest_bit(bits)
+            n_odd += 1
+            bits &= bits - 1
+    for k in range(n_odd):
+        inputs[k] = load_one(x, x_at + numbers[k], 0.0)
+        targets[k] = load_one(y, y_at + numbers[k], 0.0)
+    for k in range(0, n_odd, lanes(0.0)):
+        store(mended, k, _any_divergence(load(inputs, k, 0.0), load(targets, k, 0.0)))
+    store(mended, n_odd, splat(scalar(0.0, mended[0])))
+    return n_odd
 
 
-def _make_tile(divergence, has_odd):
-    """The two ways through a tile of :func:`divergence`, some of whose values are odd or none."""
-
+def _make_write(divergence, has_odd):
     @subroutine
     def write(x, x_at, y, y_at, n, scratch, values):
         """Write the divergences of a tile."""
         like = values[0]
         n_lanes = lanes(like)
         odd, numbers, mended = scratch.places[0], scratch.places[1], scratch.narrow[1]
-        n_odd = 0
+        zero, infinity = splat(scalar(0.0, like)), splat(scalar(np.inf, like))
+        smallest = _order_of_power(np.int64(SMALLEST), like)
         for slot in range(0, n, n_lanes):
             i = planes.row_of(slot, n, n_lanes)
-            value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
+            target = load(y, y_at + i, like)
+            value, is_odd = divergence(load(x, x_at + i, like), target)
             store(values, i, value)
             if has_odd:
-                bits = mask_bits(is_odd)
-                odd[n_odd] = (i << 32) | bits
-                n_odd += bits != 0
-        if n_odd:
-            n_odd = _mend(x, x_at, y, y_at, odd, n_odd, numbers, scratch.wide[0], scratch.wide[1], mended)
+                is_odd = is_odd | (_order(target) < smallest) | (target < zero) | (target == infinity)
+                _note(odd, slot, mask_bits(is_odd) >> (slot - i))
+        if has_odd:
+            n_odd = _mend(x, x_at, y, y_at, n, odd, numbers, scratch.wide[0], scratch.wide[1], mended)
             for i in range(n_odd):
                 values[numbers[i]] = mended[i]
+
+    return write
+
+
+def _make_add(divergence, has_odd, kind, is_wide):
+    grids, no_sums, add_vector, add_large, add_sums = kind
+    # The probabilities' own bound is the values' too (see below): nothing is lost on narrow grids, nor looked for.
+    add_value = add_large if has_odd and not is_wide else add_vector
+
+    @inline
+    def evaluate(x, y, bound, least, signs):
+        """The divergences of a vector, which of them are odd, and what is kept of the probabilities of all vectors."""
+        value, is_odd = divergence(x, y)
+        if has_odd:
+            order, signs = _order(y), signs | to_bits(y)
+            if is_wide:
+                is_small = order < bound
+                value, is_odd = where(is_small, splat(scalar(0.0, first_lane(y))), value), is_odd | is_small
+            else:
+                least = where(order < least, order, least)
+        return value, is_odd, least, signs
 
     @subroutine
     def add(x, x_at, y, y_at, n, scratch, exponent, state):
@@ -140,51 +190,82 @@ def _make_tile(divergence, has_odd):
         Two vectors at a time, which go on the grids after the next two have been evaluated: the CPU, which looks some
         three vectors ahead, finds independent chains there (in the second-level cache, 1.15 times as fast as one after
         the other).
+
+        Narrow grids reach down to values of 2**(exponent - 44). Probabilities from 2**(exponent - 38) on, with
+        logarithms 2**CLOSE apart, have none below, and one minimum over the tile tells whether there were any others.
+        Where there were negative ones, too, the tile does not fit; an infinite one makes a value that does not.
         """
         mended = scratch.narrow[1]
         like = mended[0]
         n_lanes = lanes(like)
         zero = splat(scalar(0.0, like))
-        odd, n_odd = scratch.places[0], 0
+        bound = _order_of_power(np.int64(SMALLEST) if is_wide else exponent - 44 - CLOSE, like)
+        least, signs = splat(integer_like(_LARGEST_INTEGER, like)), splat(integer_like(0, like))
+        odd = scratch.places[0]
         constants, sums = grids(zero, exponent), no_sums(zero)
         paired = n // (2 * n_lanes) * (2 * n_lanes)
         held, other_held = zero, zero
         for i in range(0, paired, 2 * n_lanes):
             j = i + n_lanes
-            value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
-            other, other_is_odd = divergence(load(x, x_at + j, like), load(y, y_at + j, like))
-            sums = add_vector(other_held, add_vector(held, sums, constants), constants)
+            value, is_odd, least, signs = evaluate(
+                load(x, x_at + i, like), load(y, y_at + i, like), bound, least, signs
+            )
+            other, other_is_odd, least, signs = evaluate(
+                load(x, x_at + j, like), load(y, y_at + j, like), bound, least, signs
+            )
+            sums = add_value(other_held, add_value(held, sums, constants), constants)
             held, other_held = value, other
             if has_odd:
-                bits = mask_bits(is_odd) | (mask_bits(other_is_odd) << n_lanes)
-                odd[n_odd] = (i << 32) | bits
-                n_odd += bits != 0
-        sums = add_vector(other_held, add_vector(held, sums, constants), constants)
+                odd[i >> 5] = mask_bits(is_odd) | (mask_bits(other_is_odd) << n_lanes)
+        sums = add_value(other_held, add_value(held, sums, constants), constants)
         n_vectors = paired // n_lanes + 2  # (with the zeros that were held first)
         for slot in range(paired, n, n_lanes):
             # The last vector is laid to end with the tile; a tile shorter than a vector starts it.
             i = planes.row_of(slot, n, n_lanes)
             lane = iota(like)
             is_new = (lane >= splat(integer_like(slot - i, like))) & (lane < splat(integer_like(n - i, like)))
-            value, is_odd = divergence(load(x, x_at + i, like), load(y, y_at + i, like))
-            sums = add_vector(where(is_new, value, zero), sums, constants)
+            target = where(is_new, load(y, y_at + i, like), zero)
+            value, is_odd, least, signs = evaluate(load(x, x_at + i, like), target, bound, least, signs)
+            sums = add_value(where(is_new, value, zero), sums, constants)
             n_vectors += 1
             if has_odd:
-                bits = mask_bits(is_odd & is_new)
-                odd[n_odd] = (i << 32) | bits
-                n_odd += bits != 0
-        if n_odd:
-            n_odd = _mend(x, x_at, y, y_at, odd, n_odd, scratch.places[1], scratch.wide[0], scratch.wide[1], mended)
+                _note(odd, slot, mask_bits(is_odd & is_new) >> (slot - i))
+        if has_odd:
+            if any_lane((least < bound) | (signs < splat(integer_like(0, like)))):
+                return False
+            numbers, inputs, targets = scratch.places[1], scratch.wide[0], scratch.wide[1]
+            n_odd = _mend(x, x_at, y, y_at, n, odd, numbers, inputs, targets, mended)
             for i in range(0, n_odd, n_lanes):
                 sums = add_vector(load(mended, i, like), sums, constants)
                 n_vectors += 1
         return add_sums(zero, state, sums, exponent, n_vectors, True)
 
-    return write, add
+    return add
 
 
-_write, _add = _make_tile(_divergence, True)
-_write_log, _add_log = _make_tile(_log_divergence, False)
+_write, _write_log = _make_write(_divergence, True), _make_write(_log_divergence, False)
+_add, _add_log = _make_add(_divergence, True, NARROW, False), _make_add(_log_divergence, False, NARROW, False)
+_add_wide, _add_wide_log = _make_add(_divergence, True, WIDE, True), _make_add(_log_divergence, False, WIDE, True)
+
+
+@subroutine
+def _add_tile(x, x_at, y, y_at, n, scratch, ledger, is_log):
+    """Add the divergences of a tile to the ledger's sum, if they fit the grids that are guessed; whether they did."""
+    guess, state = ledger[GUESS], ledger[:SECOND_SUM]
+    if guess == NO_GUESS:
+        return False
+    if ledger[WIDE_TILES] == 0:
+        if is_log:
+            is_added = _add_log(x, x_at, y, y_at, n, scratch, guess, state)
+        else:
+            is_added = _add(x, x_at, y, y_at, n, scratch, guess, state)
+        if is_added:
+            return True
+        ledger[WIDE_TILES] = STAY_WIDE
+    ledger[WIDE_TILES] -= 1
+    if is_log:
+        return _add_wide_log(x, x_at, y, y_at, n, scratch, guess, state)
+    return _add_wide(x, x_at, y, y_at, n, scratch, guess, state)
 
 
 @inline
@@ -212,13 +293,7 @@ def _kl_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
         _stage(y, geometry, tiles.TARGET, start, n, offsets, scratch.other_stage)
         x_at, y_at = np.int64(0), np.int64(0)
         a, b = scratch.stage, scratch.other_stage
-    is_added = False
-    if wants_sum and not wants_rows and ledger[GUESS] != NO_GUESS:
-        if is_log:
-            is_added = _add_log(a, x_at, b, y_at, n, scratch, ledger[GUESS], ledger[:SECOND_SUM])
-        else:
-            is_added = _add(a, x_at, b, y_at, n, scratch, ledger[GUESS], ledger[:SECOND_SUM])
-    if is_added:
+    if wants_sum and not wants_rows and _add_tile(a, x_at, b, y_at, n, scratch, ledger, is_log):
         return
     if is_log:
         _write_log(a, x_at, b, y_at, n, scratch, values)
@@ -227,7 +302,7 @@ def _kl_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
     if wants_rows:
         tiles.put_rows(out, geometry, tiles.OUT, start, n, offsets, values)
     if wants_sum:
-        ledger[GUESS] = add_block(ledger[:SECOND_SUM], values, n)
+        ledger[GUESS] = add_block(ledger[:SECOND_SUM], values, n, np.int64(NO_GUESS))
 
 
 kl = make_kernel("kl", _kl_tile, light=ANY_NUMBER)

@@ -30,7 +30,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference, log
-from fastloss._kernels.sums import STATE_SIZE, add_block, add_state, rounded
+from fastloss._kernels.sums import FIRST_GUESS, STATE_SIZE, add_block, add_state, rounded
 
 # The table: rows and classes, rows of a tile, tiles, where the first score lies, and the strides.
 N_ROWS, N_CLASSES, TILE_ROWS, N_TILES, ORIGIN, ROW_STRIDE, CLASS_STRIDE = range(7)
@@ -385,6 +385,7 @@ def _average(name, tile_values, has_stage=True):
         stage = np.empty((BLOCK + 2) * _MOST_LANES if has_stage else 0, x.dtype)
         group = np.empty((2, _MOST_LANES), np.int64)
         is_weighted = len(weights) > 0
+        guess, weight_guess = np.int64(FIRST_GUESS), np.int64(FIRST_GUESS)
         while True:
             tile = next_task(counter)
             if tile >= table[N_TILES]:
@@ -397,11 +398,11 @@ def _average(name, tile_values, has_stage=True):
             if is_weighted:
                 for i in range(n):
                     values[i] *= weights[start + i]
-            add_block(totals[0], values, n)
+            guess = add_block(totals[0], values, n, guess)
             if is_weighted:
                 for i in range(n):
                     values[i] = weights[start + i]
-                add_block(totals[1], values, n)
+                weight_guess = add_block(totals[1], values, n, weight_guess)
 
     def kernel(n_workers, totals, x, codes, weights, table, parameters):
         counter = np.zeros(1, np.int64)

@@ -16,12 +16,14 @@ sum, because the sum is exact, and whether it fits is seen at the end.
 """
 
 import math
+from collections import namedtuple
 
 import numpy as np
 
 from fastloss._kernels._jit import Kernel, by_dtype, inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
+    first_lane,
     from_bits,
     integer_like,
     lanes,
@@ -33,6 +35,7 @@ from fastloss._kernels._simd import (
     tree_max,
     tree_sum,
     where,
+    widen,
 )
 
 LOWEST_BIT = -1152
@@ -40,19 +43,20 @@ N_LIMBS = 74
 NANS, INFINITIES, MINUS_INFINITIES = N_LIMBS, N_LIMBS + 1, N_LIMBS + 2
 STATE_SIZE = N_LIMBS + 3
 
-# The longest block of add_block: 2**50 * 4096 fits into an int64.
+# The longest block of add_block: where the exponent is guessed, values up to 2**51 units of the grid (2**22 of float32)
+# are taken for fitting, and 512 (256) of them fit into a lane.
 MAX_BLOCK = 4096
-# The same where the exponent is guessed: values up to 2**51 units of the grid are taken for fitting.
-MAX_GUESSED = 2048
 
 # The exponents that the grids of float32 and of float64 take: the constant of the coarsest must be finite, that of the
-# finest, some 2**67 and 2**100 below, a normal number.
-LOWEST_NARROW, HIGHEST_NARROW = -81, 125
-LOWEST_WIDE, HIGHEST_WIDE = -799, 959
+# finest, some 2**67 and 2**202 below, a normal number.
+LOWEST_32, HIGHEST_32 = -81, 125
+LOWEST_64, HIGHEST_64 = -799, 959
 # How far the guess for the next block lies above the largest exponent of this one: its largest value may be 16 times
-# this one's, and 40 binades (43 of float64) are left for the smallest.
+# this one's, and 40 binades (43 of float64) are left for the smallest; on wide grids 174 (145).
 MARGIN = 4
 NO_GUESS = 1 << 20
+# Before anything is known: losses and weights are mostly below 64, and few are below 2**-39.
+FIRST_GUESS = 5
 
 _ZERO = np.int64(0)
 _MASK32 = np.int64(0xFFFFFFFF)
@@ -124,13 +128,6 @@ def _largest_exponent(values, n, mantissa_bits):
 
 
 @inline
-def _lane_sum(lanes_):
-    """The sum of int32 lanes as int64, which an int32 may not hold."""
-    low, places = splat(integer_like(0xFFFF, np.float32(0))), splat(integer_like(16, np.float32(0)))
-    return (np.int64(tree_sum(lanes_ >> places)) << 16) + np.int64(tree_sum(lanes_ & low))
-
-
-@inline
 def _round(v, constant):
     """The bits of the sum with a grid's constant, and what is left of ``v``, exactly."""
     on_grid = v + constant
@@ -171,10 +168,29 @@ def _add_vector32(v, sums, grids):
 
 
 @inline
+def _add_lanes(state, lanes_, half, grid):
+    """Add the sum of integer lanes of ``2 * half`` bits, which may not hold it, on a grid."""
+    like = first_lane(from_bits(lanes_))
+    places, low = splat(integer_like(half, like)), splat(integer_like((1 << half) - 1, like))
+    _add_integer(state, np.int64(tree_sum(lanes_ >> places)), grid + half)
+    _add_integer(state, np.int64(tree_sum(lanes_ & low)), grid)
+
+
+@inline
 def _add_sum32(state, total, grid, n_vectors):
     """Add the sum of the bits of ``n_vectors`` vectors on a grid, less the constant's, modulo 2**32."""
     constant = (n_vectors * (((grid + 23 + 127) << 1) | 1) & 0x3FF) << 22
-    _add_integer(state, _lane_sum(total - splat(integer_like(constant, np.float32(0)))), grid)
+    _add_lanes(state, total - splat(integer_like(constant, np.float32(0))), 16, grid)
+
+
+@inline
+def _add_large32(v, sums, grids):
+    high, middle, low = grids
+    high_sum, middle_sum, low_sum, lost, moved = sums
+    bits, rest = _round(v, high)
+    middle_bits, rest = _round(rest, middle)
+    moved = moved | (bits ^ to_bits(high))
+    return high_sum + bits, middle_sum + middle_bits, low_sum + to_bits(rest + low), lost, moved
 
 
 @inline
@@ -215,84 +231,160 @@ def _add_vector64(v, sums, grids):
 
 
 @inline
+def _wide_grids(like, exponent):
+    high, second = _grids64(like, exponent)
+    third, low = _grids64(like, exponent - 102)
+    return high, second, third, low
+
+
+@inline
+def _no_wide_sums(like):
+    return splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO), splat(_ZERO)
+
+
+@inline
+def _add_wide64(v, sums, grids):
+    high, second, third, low = grids
+    high_sum, second_sum, third_sum, low_sum, lost, moved = sums
+    bits, rest = _round(v, high)
+    second_bits, rest = _round(rest, second)
+    third_bits, rest = _round(rest, third)
+    low_bits, last = _last_round(rest, low)
+    moved = moved | (bits ^ to_bits(high))
+    return high_sum + bits, second_sum + second_bits, third_sum + third_bits, low_sum + low_bits, lost | last, moved
+
+
+@inline
+def _add_wide32(v, sums, grids):
+    low, high = widen(v)
+    return _add_wide64(high, _add_wide64(low, sums, grids), grids)
+
+
+@inline
 def _add_sum64(state, total, grid, n_vectors):
     """As :func:`_add_sum32`, modulo 2**64."""
     constant = n_vectors * (((grid + 52 + 1023) << 1) | 1) & 0x1FFF
     constant = ((constant ^ 0x1000) - 0x1000) << 51
-    _add_integer(state, tree_sum(total - splat(np.int64(constant))), grid)
+    _add_lanes(state, total - splat(np.int64(constant)), 32, grid)
+
+
+@inline
+def _was_inexact64(lost, moved, is_guess):
+    outside = (lost << splat(np.int64(1))) != splat(_ZERO)
+    if is_guess:
+        outside = outside | ((moved >> splat(np.int64(52))) != splat(_ZERO))
+    return any_lane(outside)
 
 
 @inline
 def _add_sums64(like, state, sums, exponent, n_vectors, is_guess):
     high_sum, low_sum, lost, moved = sums
-    outside = (lost << splat(np.int64(1))) != splat(_ZERO)
-    if is_guess:
-        outside = outside | ((moved >> splat(np.int64(52))) != splat(_ZERO))
-    if any_lane(outside):
+    if _was_inexact64(lost, moved, is_guess):
         return False
     _add_sum64(state, high_sum, exponent - 49, n_vectors)
     _add_sum64(state, low_sum, exponent - 100, n_vectors)
     return True
 
 
-# Each takes first a vector of the type that the grids are of. grids(like, exponent): the constants of the grids for
-# values below 2**(exponent + 1), see add_block; no_sums(like): the sums of no vectors, one per grid, in which bits
-# something was lost, which bits of the first have changed; add_vector(v, sums, grids): the sums with a vector more;
-# add_sums(like, state, sums, exponent, n_vectors, is_guess): add the sums of n_vectors vectors to the state; whether
-# that was exact (else nothing is added). Where the exponent is a guess, the values may be anything, but no more than
-# MAX_GUESSED of them may differ from 0.
-grids = by_dtype(_grids32, _grids64)
-no_sums = by_dtype(_no_sums32, _no_sums64)
-add_vector = by_dtype(_add_vector32, _add_vector64)
-add_sums = by_dtype(_add_sums32, _add_sums64)
+@inline
+def _add_wide_sums64(like, state, sums, exponent, n_vectors, is_guess):
+    high_sum, second_sum, third_sum, low_sum, lost, moved = sums
+    if _was_inexact64(lost, moved, is_guess):
+        return False
+    _add_sum64(state, high_sum, exponent - 49, n_vectors)
+    _add_sum64(state, second_sum, exponent - 100, n_vectors)
+    _add_sum64(state, third_sum, exponent - 151, n_vectors)
+    _add_sum64(state, low_sum, exponent - 202, n_vectors)
+    return True
 
 
 @inline
-def _add_on_grids(state, values, n, exponent, like):
-    """Add ``values`` below 2**(exponent + 1) on the grids of the type of ``like``; whether that was exact."""
-    vector, n_lanes = splat(like), lanes(like)
-    constants, sums = grids(vector, exponent), no_sums(vector)
-    for i in range(0, n, n_lanes):
-        sums = add_vector(load(values, i, like), sums, constants)
-    return add_sums(vector, state, sums, exponent, (n + n_lanes - 1) // n_lanes, False)
+def _add_wide_sums32(like, state, sums, exponent, n_vectors, is_guess):
+    return _add_wide_sums64(like, state, sums, exponent, 2 * n_vectors, is_guess)
 
 
-@inline
-def _add_narrow(values, state, n):
-    # (From inf or NaN on, the exponent is 128.)
-    exponent = max(_largest_exponent(values, n, 23) - 127, np.int64(LOWEST_NARROW))
-    if exponent <= HIGHEST_NARROW and _add_on_grids(state, values, n, exponent, values[0]):
-        return True, min(exponent + MARGIN, np.int64(HIGHEST_NARROW))
-    return exponent < 128 and _add_on_grids(state, values, n, exponent, 0.0), np.int64(NO_GUESS)
+# Vectors on grids, the functions by the type of the vectors, of which each takes one first.
+#   grids(like, exponent)        the constants of the grids for values below 2**(exponent + 1), see add_block
+#   no_sums(like)                the sums of no vectors, one per grid; in which bits something was lost, and which bits
+#                                of the first have changed
+#   add_vector(v, sums, grids)   the sums with a vector more
+#   add_large(v, sums, grids)    the same, where no value but 0 is below 2**(exponent - 44)
+#   add_sums(like, state, sums, exponent, n_vectors, is_guess)
+#                                add the sums of so many vectors to a state; whether that was exact (else nothing is
+#                                added). Where the exponent is a guess, the values may be anything, but no more than
+#                                MAX_BLOCK of them may differ from 0.
+Grids = namedtuple("Grids", "grids no_sums add_vector add_large add_sums")
+
+# Three of float32, or two of float64.
+NARROW = Grids(
+    by_dtype(_grids32, _grids64),
+    by_dtype(_no_sums32, _no_sums64),
+    by_dtype(_add_vector32, _add_vector64),
+    by_dtype(_add_large32, _add_vector64),
+    by_dtype(_add_sums32, _add_sums64),
+)
+
+# Four of float64 for either: from the exponent down to 2**-202 times it. (Numbers of float32 that reach from 2**50 to
+# the smallest there is fit, so no tile of probabilities, of whatever spread, is added number by number: the divergence
+# of distributions of logits with a standard deviation of 16 would take 8 times as long.)
+_add_wide = by_dtype(_add_wide32, _add_wide64)
+WIDE = Grids(_wide_grids, _no_wide_sums, _add_wide, _add_wide, by_dtype(_add_wide_sums32, _add_wide_sums64))
 
 
-@inline
-def _add_wide(values, state, n):
-    exponent = max(_largest_exponent(values, n, 52) - 1023, np.int64(LOWEST_WIDE))
-    if exponent <= HIGHEST_WIDE and _add_on_grids(state, values, n, exponent, values[0]):
-        return True, min(exponent + MARGIN, np.int64(HIGHEST_WIDE))
-    return False, np.int64(NO_GUESS)
+def _make_add_on(kind):
+    grids, no_sums, add_vector, _, add_sums = kind
+
+    @inline
+    def add_on_grids(state, values, n, exponent, is_guess):
+        """Add ``values`` below 2**(exponent + 1), or any for a guess; whether that was exact."""
+        vector, n_lanes = splat(values[0]), lanes(values[0])
+        constants, sums = grids(vector, exponent), no_sums(vector)
+        for i in range(0, n, n_lanes):
+            sums = add_vector(load(values, i, values[0]), sums, constants)
+        return add_sums(vector, state, sums, exponent, (n + n_lanes - 1) // n_lanes, is_guess)
+
+    return add_on_grids
 
 
-# Add a block on grids, if its exponents allow: whether that was exact (else nothing is added), and the guess.
-_add_grids = by_dtype(_add_narrow, _add_wide)
+_add_on_narrow, _add_on_wide = _make_add_on(NARROW), _make_add_on(WIDE)
+
+
+def _make_add_grids(mantissa_bits, bias, lowest, highest):
+    special = bias + 1  # the exponent of inf and NaN
+
+    @inline
+    def add_grids(values, state, n):
+        """Add a block on grids, if its exponents allow: whether that was exact (else nothing is added), and a guess."""
+        exponent = max(_largest_exponent(values, n, mantissa_bits) - bias, np.int64(lowest))
+        was_exact = exponent <= highest and _add_on_narrow(state, values, n, exponent, False)
+        if not was_exact and exponent < special and exponent <= HIGHEST_64:
+            was_exact = _add_on_wide(state, values, n, exponent, False)
+        return was_exact, min(exponent + MARGIN, np.int64(highest)) if was_exact else np.int64(NO_GUESS)
+
+    return add_grids
+
+
+_add_grids = by_dtype(_make_add_grids(23, 127, LOWEST_32, HIGHEST_32), _make_add_grids(52, 1023, LOWEST_64, HIGHEST_64))
 
 
 @subroutine
-def add_block(state, values, n):
+def add_block(state, values, n, guess):
     """Add ``values[:n]`` exactly; ``values`` is scratch with room for one vector more, which is overwritten. Returns an
-    exponent for :func:`grids` that will probably do for a block like this one, or :data:`NO_GUESS`.
+    exponent that will probably do for a block like this one, or :data:`NO_GUESS`. With such a ``guess`` there is
+    no pass for the largest value.
 
     Method: with M = 1.5 * 2**(p - 1 + g), where p is the precision, t = v + M holds v rounded to a multiple of 2**g in
     its low bits, so that the bits of t, added as integers, sum those multiples without error. The grid g is laid so
     that the block's largest value just fits. The remainder v - (t - M), which is exact, goes through finer grids in
-    turn: three of float32 reach 2**-67 of the largest value with 16 lanes to a vector, two of float64 2**-100 with 8.
-    The bits of M itself, as often as there are vectors, are taken off the integer at the end. A v too large for the
-    grid changes the exponent of t.
+    turn: three of float32 reach 2**-67 of the largest value with 16 lanes to a vector, two of float64 2**-100 with 8,
+    four 2**-202. The bits of M itself, as often as there are vectors, are taken off the integer at the end. A v too
+    large for the grid changes the exponent of t.
     Where a value reaches below that too, or is not finite, or the exponents come near the ends of float64, the block is
     added number by number.
     """
     store(values, n, splat(scalar(0.0, values[0])))
+    if guess != NO_GUESS and _add_on_narrow(state, values, n, guess, True):
+        return guess
     was_exact, guess = _add_grids(values, state, n)
     if not was_exact:
         for i in range(n):
@@ -359,7 +451,7 @@ def _add_values(n_workers, state, values):
         n = min(MAX_BLOCK, len(values) - begin)
         for i in range(n):
             scratch[i] = values[begin + i]
-        add_block(state, scratch, n)
+        add_block(state, scratch, n, np.int64(NO_GUESS))
         _carry(state)
     return rounded(state)
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from fastloss._validation import Array, is_bfloat16, is_floating
 
-# Tiles of the kernels in rows, see tile_rows(). (With 128 rows, log-sum-exp of 65,536 x 1000 along axis 0 takes 1.15
-# times as long: the runs of rows side by side in memory are shorter.)
+# Tiles of the kernels in rows, see tile_rows().
 TILE = 256
+TILE_OF_MANY = 512  # more classes than GROUP: longer runs of rows side by side in memory
+GROUP = 1024  # as in fastloss._kernels.driver, which imports Numba
 TILE_OF_FEW = 1024  # few classes: what is done once per tile shows (1,000,000 x 10 takes 1.2 times as long with 256)
 _MANY_ROWS = 8192  # for fewer rows, the scratch of so large a tile may be larger than the input
 _TILE_BYTES = 1 << 17
@@ -115,7 +116,12 @@ def tile_rows(n_rows: int, n_classes: int, in_rows: bool) -> int:
     most = min(TILE, -(-n_rows // 16) * 16)
     if in_rows:
         return max(1, min(most, _TILE_BYTES // (4 * n_classes)))
-    return TILE_OF_FEW if n_classes <= FEW_CLASSES and n_rows >= _MANY_ROWS else most
+    if n_classes <= FEW_CLASSES:
+        return TILE_OF_FEW if n_rows >= _MANY_ROWS else most
+    if n_classes > GROUP and n_rows > TILE_OF_MANY:
+        n_tiles = -(-n_rows // TILE_OF_MANY)
+        return -(-n_rows // (16 * n_tiles)) * 16
+    return most
 
 
 @functools.lru_cache(maxsize=512)

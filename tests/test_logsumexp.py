@@ -127,6 +127,18 @@ class TestLayouts:
         x = (rng.normal(size=(3, 5, 7)) * 4).astype(np.float32)
         assert_close(logsumexp(layout(x), axis), references.logsumexp(x, axis), np.float32)
 
+    @pytest.mark.parametrize("n_rows", [7, 17, 300, 513, 600])
+    @pytest.mark.parametrize("n_classes", [1023, 1024, 1025, 1040, 1536, 1537, 2049, 8193, 8720])
+    def test_columns_of_many_groups(self, rng, n_rows, n_classes):
+        """A group is copied while the one before is summed; maxima anywhere, masked classes, columns of no number."""
+        x = (10 * rng.normal(size=(n_classes, n_rows))).astype(np.float32)
+        x[rng.integers(0, n_classes, 9)] = -INF
+        x[rng.integers(0, n_classes, n_rows), np.arange(n_rows)] = 50
+        x[n_classes // 2, 2], x[-1, 3], x[:, 4] = NAN, INF, -INF
+        got = logsumexp(x, 0)
+        assert_close(got, references.logsumexp(x.T, 1), np.float32)
+        np.testing.assert_array_equal(got, logsumexp(np.ascontiguousarray(x.T), 1))
+
     def test_zero_strides(self, rng, frozen):
         x = np.broadcast_to(frozen(rng.normal(size=(6, 1, 7)).astype(np.float32)), (6, 5, 7))
         for axis in (None, 0, 1, 2, (0, 1), (1, 2)):

@@ -20,7 +20,17 @@ from fastloss._kernels._simd import (
     where,
 )
 
-__all__ = ["LOG1P_LIMIT", "exp", "exp_and_difference", "exp_difference", "log", "log1p", "log_difference"]
+__all__ = [
+    "LOG1P_LIMIT",
+    "exp",
+    "exp_and_difference",
+    "exp_difference",
+    "exp_falling",
+    "exp_falling_difference",
+    "log",
+    "log1p",
+    "log_difference",
+]
 
 
 # Largest argument of log1p: its 2**-k is a normal float32 up to here. (float64 could go further; one bound is simpler.)
@@ -40,7 +50,8 @@ _LOG2E = 1.4426950408889634
 
 
 def _make_exp(dtype, coefficients, low, high):
-    """Make exp(d), exp(d + low) where ``low`` is at most a unit in d's last place, and both, for vectors of ``dtype``.
+    """Make exp(d), exp(d + low) where ``low`` is at most a unit in d's last place, and both, for vectors of ``dtype``;
+    then the first two again, the same bits in an operation less, where d is not positive.
 
     Computes exp(d) = 2**n * (1 + f + f**2 * p(f)) with n = rint(d * log2(e)), f = d - n * ln(2).
 
@@ -69,8 +80,12 @@ def _make_exp(dtype, coefficients, low, high):
     one_part = dtype is np.float32
 
     @inline
+    def clamp_low(d):
+        return where(d < splat(lowest), splat(lowest), d)
+
+    @inline
     def clamp(d):
-        d = where(d < splat(lowest), splat(lowest), d)
+        d = clamp_low(d)
         return where(d > splat(highest), splat(highest), d)
 
     @inline
@@ -78,20 +93,23 @@ def _make_exp(dtype, coefficients, low, high):
         power = from_bits(to_bits(shifted) << splat(places))
         return fma(fma(f * f, p(f), f), power, power)
 
-    @inline
-    def exp(d):
-        d = clamp(d)
-        shifted = fma(d, splat(log2e), splat(shift))
-        n = shifted - splat(shift)
-        f = fma(n, splat(minus_high), d)
-        return scaled(f if one_part else fma(n, splat(minus_low), f), shifted)
+    def make(clamp):
+        @inline
+        def exp(d):
+            d = clamp(d)
+            shifted = fma(d, splat(log2e), splat(shift))
+            n = shifted - splat(shift)
+            f = fma(n, splat(minus_high), d)
+            return scaled(f if one_part else fma(n, splat(minus_low), f), shifted)
 
-    @inline
-    def exp_sum(d, low):
-        d = clamp(d)
-        shifted = fma(d, splat(log2e), splat(shift))
-        n = shifted - splat(shift)
-        return scaled(fma(n, splat(minus_high), d) + fma(n, splat(minus_low), low), shifted)
+        @inline
+        def exp_sum(d, low):
+            d = clamp(d)
+            shifted = fma(d, splat(log2e), splat(shift))
+            n = shifted - splat(shift)
+            return scaled(fma(n, splat(minus_high), d) + fma(n, splat(minus_low), low), shifted)
+
+        return exp, exp_sum
 
     @inline
     def exp_both(d, low):
@@ -102,7 +120,7 @@ def _make_exp(dtype, coefficients, low, high):
         e = scaled(f if one_part else fma(n, splat(minus_low), f), shifted)
         return e, fma(e, fma(n, splat(minus_low), low) if one_part else low, e)
 
-    return exp, exp_sum, exp_both
+    return *make(clamp), exp_both, *make(clamp_low)
 
 
 def _make_log1p(dtype, coefficients):
@@ -272,8 +290,8 @@ _LOG1P64 = (
 
 # exp's clamps. Below: -127.x * ln(2) and -1023.x * ln(2), where 2**n becomes 0; the normal numbers end before (at
 # -87.34 and -708.4). Above: past the largest exponent by less than one, so that n still fits its field.
-_exp32, _exp_sum32, _exp_both32 = _make_exp(np.float32, _EXP32, -88.0, 89.0)
-_exp64, _exp_sum64, _exp_both64 = _make_exp(np.float64, _EXP64, -709.0, 710.0)
+_exps32 = _make_exp(np.float32, _EXP32, -88.0, 89.0)
+_exps64 = _make_exp(np.float64, _EXP64, -709.0, 710.0)
 _log1p32 = _make_log1p(np.float32, _LOG1P32)
 _log1p64 = _make_log1p(np.float64, _LOG1P64)
 _log_difference32 = _make_log_difference(_LOG32)
@@ -281,9 +299,7 @@ _log64 = _make_log(np.float64, _LOG1P64)
 
 
 # Exponential of a vector: see _make_exp.
-exp = by_dtype(_exp32, _exp64)
-_exp_sum = by_dtype(_exp_sum32, _exp_sum64)
-_exp_both = by_dtype(_exp_both32, _exp_both64)
+exp, _exp_sum, _exp_both, exp_falling, _exp_sum_falling = map(by_dtype, _exps32, _exps64)
 
 
 @inline
@@ -303,6 +319,13 @@ def exp_difference(a, b):
     """
     d, low = _difference(a, b)
     return _exp_sum(d, low)
+
+
+@inline
+def exp_falling_difference(a, b):
+    """:func:`exp_difference` where a is not larger than b."""
+    d, low = _difference(a, b)
+    return _exp_sum_falling(d, low)
 
 
 @inline

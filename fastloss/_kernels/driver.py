@@ -40,7 +40,8 @@ BLOCK = 256
 CHUNK = 8192
 
 # Classes that are searched for a maximum at a time, before they are summed relative to it: some whole blocks, of which
-# a row fits into the first-level cache and a tile of planes into the second.
+# a row fits into the first-level cache and a tile of planes into the second. Where a row has more than one group, they
+# are half as long, for a tile of planes to have twice as many rows.
 GROUP = 1024
 
 # Classes of a tile's rows that are copied into a stage at a time: with float32, a cache line of each row.
@@ -66,6 +67,11 @@ ANY_NUMBER = 1 << 40
 
 
 @inline
+def group_size(n_classes):
+    return np.int64(GROUP if n_classes <= GROUP else GROUP // 2)
+
+
+@inline
 def _padded(n_bytes):
     """Bytes up to the next border of a cache line."""
     return (n_bytes + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
@@ -74,14 +80,15 @@ def _padded(n_bytes):
 @subroutine
 def _make_scratch(x, y, out, geometry, light, keeps):
     width, n_classes = tiles.scratch_width(geometry), geometry[tiles.N_CLASSES]
-    n_lanes = lanes(out[0])
+    n_lanes, group = lanes(out[0]), group_size(n_classes)
     if n_classes <= light * n_lanes:
         n_values, n_lane_sums, n_others, n_out = 2, 0, width, width
         of_few = min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING)
-        n_staged = max(width, min(n_classes, GROUP) + 2 * tiles.PADDING, of_few)
+        n_staged = max(width, min(n_classes, group) + 2 * tiles.PADDING, of_few)
     else:
         n_values, n_lane_sums, n_out = 8, min(n_lanes, n_classes) * width, BATCH * width
-        n_staged, n_others = min(max(BATCH, n_classes), GROUP) * width, min(max(BATCH, n_classes), BLOCK) * width
+        n_staged = (min(max(BATCH, n_classes), GROUP) + 1) * width
+        n_others = min(max(BATCH, n_classes), BLOCK) * width
     places = _padded(4 * width)
     wide = places + 24 * width
     narrow = wide + n_values * 8 * width

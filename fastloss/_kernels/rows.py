@@ -31,8 +31,8 @@ from fastloss._kernels._simd import (
     tree_sum,
     where,
 )
-from fastloss._kernels._vecmath import exp, exp_and_difference, exp_difference
-from fastloss._kernels.driver import BLOCK, CHUNK, GROUP
+from fastloss._kernels._vecmath import exp, exp_and_difference, exp_falling, exp_falling_difference
+from fastloss._kernels.driver import BLOCK, CHUNK, group_size
 
 # How far ahead of the loads memory is asked for, in bytes. The CPU's own prefetcher starts anew with every page of 4
 # KiB; without this, 65,536 x 1000 takes 1.3 times as long (2 KiB and 8 KiB ahead: within 4 % of this).
@@ -190,15 +190,17 @@ def _max_shift_block(
     zero, one, shifts = splat(scalar(0.0, like)), splat(scalar(1.0, like)), splat(shift)
     total, moment, mass = zero, zero, zero
     end = low + (high - low) // n_lanes * n_lanes
+    # Those that are no ties are taken off: one mask serves the sum and the count.
+    ties = ties + splat(scalar((end - low) // n_lanes, like))
     for c in range(low, end, n_lanes):
         at = c - origin
         prefetch(x, at + ahead, AHEAD)
         v = load(x, at, like)
         ahead_largest = _larger(load(x, at + ahead, like), ahead_largest)
-        tie = v == shifts
+        differs = v != shifts
         d = v - shifts
-        total = where(tie, total, total + (exp_difference(v, shifts) if exact else exp(d)))
-        ties = where(tie, ties + one, ties)
+        total = where(differs, total + (exp_falling_difference(v, shifts) if exact else exp_falling(d)), total)
+        ties = where(differs, ties - one, ties)
         if weight is not None:
             m = class_mass(y, c - y_origin, weight, c, keep, spread, like)
             moment = fma(m, -d, moment)
@@ -212,7 +214,7 @@ def _max_shift_block(
         ahead_largest = _larger(load(x, at + ahead, like), ahead_largest)
         tie = v == shifts
         d = v - shifts
-        e = exp_difference(v, shifts) if exact else exp(d)
+        e = exp_falling_difference(v, shifts) if exact else exp_falling(d)
         total = total + where(valid, where(tie, zero, e), zero)
         ties = ties + where(valid & tie, one, zero)
         if weight is not None:
@@ -231,7 +233,7 @@ def finite_shift(largest):
 @inline
 def scale_factor(old, new):
     """exp(old - new) of two maxima, old <= new, as float64."""
-    return np.float64(first_lane(exp_difference(splat(old), splat(new))))
+    return np.float64(first_lane(exp_falling_difference(splat(old), splat(new))))
 
 
 @subroutine
@@ -300,13 +302,14 @@ def _max_shift_row(
     like = known
     n_lanes = lanes(like)
     in_place = stride == 1 and n_classes >= n_lanes
+    size = group_size(n_classes)
     largest, rest, moment, mass = scalar(-np.inf, like), 0.0, 0.0, 0.0
     for low in range(0, n_classes, CHUNK):
         high = min(low + CHUNK, n_classes)
         chunk_largest = scalar(-np.inf, like)
         chunk_rest, chunk_ties, chunk_moment, chunk_mass = 0.0, 0.0, 0.0, 0.0
-        for group in range(low, high, GROUP):
-            group_end = min(group + GROUP, high)
+        for group in range(low, high, size):
+            group_end = min(group + size, high)
             source, origin = _block_of(x, offset, stride, group, group_end, n_classes, n_lanes, stages[0])
             group_largest = known if known == known else _max_group(source, origin, group, group_end, n_classes, like)
             if group_largest > chunk_largest:
@@ -317,10 +320,10 @@ def _max_shift_row(
                 chunk_largest = group_largest
             shift = finite_shift(chunk_largest)
             ahead = np.int64(0)
-            if in_place and n_classes <= GROUP:
+            if in_place and n_classes <= size:
                 ahead = to_next
-            elif in_place and group + 2 * GROUP <= n_classes:
-                ahead = np.int64(GROUP)
+            elif in_place and group + 2 * size <= n_classes:
+                ahead = size
             chunk_rest, chunk_moment, chunk_mass, group_ties, ahead_largest = _sum_group(
                 source, origin, ahead, group, group_end, n_classes, shift, y, y_offset, y_stride, weight, keep, spread,
                 exact, stages[1], chunk_rest, chunk_moment, chunk_mass,
@@ -431,7 +434,7 @@ def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale,
                 break
             begin, _, _ = tail(low, high, n_classes, n_lanes)
         v = load(x, begin - origin, like)
-        store(out, begin - out_origin, (v - shifts) - scales if is_log else exp_difference(v, shifts) * scales)
+        store(out, begin - out_origin, (v - shifts) - scales if is_log else exp_falling_difference(v, shifts) * scales)
 
 
 @inline

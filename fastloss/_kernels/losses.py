@@ -35,11 +35,13 @@ def log1p_all(values, n):
 
 
 @subroutine
-def deliver(ledger, y, weight, out, geometry, start, n, offsets, targets, loss):
-    """Write the losses of a tile, or add them, and the weights of its ``targets`` (if there are), to the ledger."""
+def deliver(ledger, y, weight, out, geometry, start, n, offsets, targets, loss, is_added):
+    """Write the losses of a tile, or add them (unless ``is_added``), and the weights of its ``targets``, if there are
+    any, to the ledger.
+    """
     if geometry[tiles.WANTS_ROWS]:
         tiles.put_rows(out, geometry, tiles.OUT, start, n, offsets, loss)
-    if geometry[tiles.WANTS_SUM]:
+    if geometry[tiles.WANTS_SUM] and not is_added:
         ledger[GUESS] = add_block(ledger[:SECOND_SUM], loss, n, ledger[GUESS])
         if geometry[tiles.IS_WEIGHTED]:
             for i in range(n):
@@ -114,7 +116,7 @@ def _cross_entropy(tile_sums):
         begin_targets(ledger, x, y, geometry, start, n, scratch)
         tile_sums(x, geometry, start, offsets, n, targets, shifts, loss, scratch, None, offsets, 0)
         _finish_targets(x, weight, geometry, offsets, n, targets, scratch.near, shifts, loss, scratch)
-        deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss)
+        deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
 
     return do_tile
 
@@ -176,7 +178,7 @@ def _smoothed_cross_entropy(tile_sums):
                 if not np.isfinite(uniform):
                     uniform = _special_loss(x, None, geometry, offsets[i], 0, weight, 1.0, 0.0, largest[i], loss[i])
                 loss[i] = keep * (np.float64(weight[targets[i]]) * at_target) + spread * uniform
-        deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss)
+        deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
 
     return do_tile
 
@@ -211,7 +213,7 @@ def _probabilities(tile_sums):
                     x, y, geometry, offsets[i], y_offsets[i], weight, keep, spread, largest[i], loss[i]
                 )
             loss[i] = value
-        deliver(ledger, y, weight, out, geometry, start, n, offsets, offsets, loss)
+        deliver(ledger, y, weight, out, geometry, start, n, offsets, offsets, loss, False)
 
     return do_tile
 

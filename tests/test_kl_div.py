@@ -61,7 +61,7 @@ class TestValues:
         got = kl(frozen(x), frozen(y), reduction, log_target)
         assert_close(got, references.kl_div(x, y, reduction, log_target), dtype, log_target, x, y)
 
-    @pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025, 2063, 4095, 4096, 4097, 4112, 8215])
+    @pytest.mark.parametrize("size", [1, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025, 2047, 2048, 2049, 2064, 4103])
     def test_sizes_around_the_vectors_and_tiles(self, rng, frozen, dtype, log_target, size):
         x, y = make_problem(rng, (size,), (size,), dtype, log_target)
         got = kl(frozen(x), frozen(y), "none", log_target)
@@ -189,10 +189,10 @@ class TestSpecialValues:
         assert np.isnan(kl(x, y, "sum"))
         assert np.isnan(kl(x, y)).sum() == 1
 
-    @pytest.mark.parametrize("place", [0, 17, 4095, 4096, 8194])
+    @pytest.mark.parametrize("place", [0, 17, 2047, 2048, 4098])
     @pytest.mark.parametrize("target", [-0.5, -1e-30, -INF, INF, NAN, -0.0])
     def test_one_odd_target_anywhere_in_a_tile(self, rng, dtype, place, target):
-        x, y = (a[:8195] for a in tiles_of(rng, dtype, False, (1, 1, 1)))
+        x, y = (a[:4099] for a in tiles_of(rng, dtype, False, (1, 1, 1)))
         y[place] = 0
         without = kl(x, y, "sum")
         y[place] = target
@@ -201,7 +201,7 @@ class TestSpecialValues:
         np.testing.assert_equal(kl(x, y, "sum"), without if target == 0 else dtype(expected))
 
 
-TILE = 4096
+TILE = 2048
 
 
 def tiles_of(rng, dtype, log_target, scales):
@@ -279,10 +279,10 @@ class TestExactSums:
         self.check((y + 1).astype(dtype), y if log_target else np.exp2(y), log_target)
 
     @pytest.mark.parametrize("special", [INF, -INF, NAN])
-    @pytest.mark.parametrize("place", [0, 4095, 4096, 8194])
+    @pytest.mark.parametrize("place", [0, 2047, 2048, 4098])
     def test_one_value_that_is_no_number(self, rng, dtype, log_target, special, place):
         x, y = tiles_of(rng, dtype, log_target, (1, 1, 1))
-        x, y = x[:8195], y[:8195]
+        x, y = x[:4099], y[:4099]
         x[place] = special
         np.testing.assert_equal(kl(x, y, "sum", log_target), dtype(-special))
         x[place] = -INF
@@ -292,8 +292,8 @@ class TestExactSums:
     def test_huge_values_that_cancel(self, rng, dtype, log_target):
         x, y = tiles_of(rng, dtype, log_target, (1, 1))
         big = 2.0**120 if dtype is np.float32 else 2.0**1000
-        x[5], x[7000] = big, -big
-        y[5] = y[7000] = 0.0 if log_target else 1.0
+        x[5], x[3000] = big, -big
+        y[5] = y[3000] = 0.0 if log_target else 1.0
         self.check(x, y, log_target)
 
 

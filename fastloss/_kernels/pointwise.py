@@ -34,7 +34,7 @@ from fastloss._kernels._vecmath import exp, log_difference
 from fastloss._kernels.driver import ANY_NUMBER, GUESS, SECOND_SUM, WIDE_TILES, make_kernel
 from fastloss._kernels.sums import NARROW, NO_GUESS, WIDE, add_block
 
-# The difference of float32, good to 4.5e-9 where it is small, gives values within 7e-7 in relative terms where the
+# The difference of float32, good to 6e-9 where it is small, gives values within 9e-7 in relative terms where the
 # logarithms differ by 2**CLOSE or more.
 CLOSE = -7
 # Probabilities below 2**SMALLEST are left to float64, whose numbers 2**CLOSE times them are exactly.
@@ -46,11 +46,11 @@ _LARGEST_INTEGER = 0x7FFFFFFF
 
 
 @inline
-def _is_far(difference):
-    """Whether the logarithms differ by 2**:data:`CLOSE` or more."""
+def _is_close(difference):
+    """Whether the logarithms differ by less than 2**:data:`CLOSE`."""
     like = first_lane(difference)
     size = to_bits(difference) & splat(integer_like(_LARGEST_INTEGER, like))
-    return size >= splat(integer_like((CLOSE + 127) << 23, like))
+    return size < splat(integer_like((CLOSE + 127) << 23, like))
 
 
 @inline
@@ -80,16 +80,14 @@ def _any_divergence(x, y):
 def _divergence(x, y):
     """xlogy(y, y) - y * x as y * (log(y) - x), the difference with more digits than the data's: its terms cancel where
     the distributions are close. For float32, y is 0 or from 2**:data:`SMALLEST` on and finite, and those values that
-    are not good enough are 0, and told by a mask.
+    are not good enough are told by a mask.
     """
     like = first_lane(y)
     zero = splat(scalar(0.0, like))
     if lanes(like) == lanes(0.0):
         return _any_divergence(x, y), zero != zero
     difference = log_difference(y, x)
-    is_good = _is_far(difference)
-    # (The fused zero makes a -0 of y = 0 positive.)
-    return where(is_good, fma(y, difference, zero), zero), is_good ^ (zero == zero)
+    return y * difference, _is_close(difference)
 
 
 @inline
@@ -104,40 +102,40 @@ def _log_divergence(x, y):
 
 
 @inline
-def _note(odd, slot, bits):
-    """Take note of the odd ones from the slot on, in the word that holds 32 slots."""
-    place = slot & 31
-    odd[slot >> 5] = bits if place == 0 else odd[slot >> 5] | (bits << place)
+def _note(odd, n_words, first, bits):
+    """Take note of the odd ones from a value on, the bits of a word, if there are any; how many words there are."""
+    odd[n_words] = (first << 32) | bits
+    return n_words + (bits != 0)
 
 
 @subroutine
-def _mend(x, x_at, y, y_at, n, odd, numbers, inputs, targets, mended):
-    """Take those of a tile's ``n`` values in float64 that ``odd`` tells, 32 in the bits of each word: into ``mended``,
-    one after the other, with their ``numbers`` and a vector of zeros behind; how many they are.
+def _gather_odd(x, x_at, y, y_at, odd, n_words, numbers, inputs, targets):
+    """Gather the pairs that ``odd`` tells and their numbers, with a vector of zeros behind; how many they are.
 
-    They are some in a hundred where the distributions are not close, so they are gathered to fill vectors. Of 64 bits,
-    two are looked for without asking whether there are so many: one wrong guess of the CPU takes longer.
+    They are one in two hundred where the distributions are not close.
     """
-    n_words = (n + 31) // 32
-    odd[n_words] = 0
     n_odd = 0
-    for word in range(0, n_words, 2):
-        bits = odd[word] | (odd[word + 1] << 32)
-        for _ in range(2):
-            numbers[n_odd] = 32 * word + lowest_bit(bits)
-            n_odd += bits != 0
-            bits &= bits - 1
+    for word in range(n_words):
+        bits = odd[word] & 0xFFFFFFFF
         while bits:
-            numbers[n_odd] = 32 * word + lowest_bit(bits)
-            n_odd += 1
+            i = (odd[word] >> 32) + lowest_bit(bits)
             bits &= bits - 1
-    for k in range(n_odd):
-        inputs[k] = load_one(x, x_at + numbers[k], 0.0)
-        targets[k] = load_one(y, y_at + numbers[k], 0.0)
-    for k in range(0, n_odd, lanes(0.0)):
-        store(mended, k, _any_divergence(load(inputs, k, 0.0), load(targets, k, 0.0)))
-    store(mended, n_odd, splat(scalar(0.0, mended[0])))
+            numbers[n_odd] = i
+            inputs[n_odd] = load_one(x, x_at + i, inputs[0])
+            targets[n_odd] = load_one(y, y_at + i, targets[0])
+            n_odd += 1
+    n_lanes = lanes(inputs[0])
+    for k in range(n_odd, n_odd + 16, n_lanes):
+        store(inputs, k, splat(scalar(0.0, inputs[0])))
+        store(targets, k, splat(scalar(0.0, inputs[0])))
     return n_odd
+
+
+@inline
+def _mend(inputs, targets, n_odd):
+    """The divergences of some pairs, in float64, in place of the ``targets``."""
+    for k in range(0, n_odd, lanes(0.0)):
+        store(targets, k, _any_divergence(load(inputs, k, 0.0), load(targets, k, 0.0)))
 
 
 def _make_write(divergence, has_odd):
@@ -146,21 +144,23 @@ def _make_write(divergence, has_odd):
         """Write the divergences of a tile."""
         like = values[0]
         n_lanes = lanes(like)
-        odd, numbers, mended = scratch.places[0], scratch.places[1], scratch.narrow[1]
+        odd, numbers, inputs, targets = scratch.places[0], scratch.places[1], scratch.wide[0], scratch.wide[1]
         zero, infinity = splat(scalar(0.0, like)), splat(scalar(np.inf, like))
         smallest = _order_of_power(np.int64(SMALLEST), like)
+        n_words = 0
         for slot in range(0, n, n_lanes):
             i = planes.row_of(slot, n, n_lanes)
             target = load(y, y_at + i, like)
             value, is_odd = divergence(load(x, x_at + i, like), target)
-            store(values, i, value)
+            store(values, i, value + zero)  # (makes a -0 of y = 0 positive)
             if has_odd:
                 is_odd = is_odd | (_order(target) < smallest) | (target < zero) | (target == infinity)
-                _note(odd, slot, mask_bits(is_odd) >> (slot - i))
+                n_words = _note(odd, n_words, i, mask_bits(is_odd))
         if has_odd:
-            n_odd = _mend(x, x_at, y, y_at, n, odd, numbers, scratch.wide[0], scratch.wide[1], mended)
-            for i in range(n_odd):
-                values[numbers[i]] = mended[i]
+            n_odd = _gather_odd(x, x_at, y, y_at, odd, n_words, numbers, inputs, targets)
+            _mend(inputs, targets, n_odd)
+            for k in range(n_odd):
+                values[numbers[k]] = targets[k]
 
     return write
 
@@ -177,8 +177,8 @@ def _make_add(divergence, has_odd, kind, is_wide):
         if has_odd:
             order, signs = _order(y), signs | to_bits(y)
             if is_wide:
-                is_small = order < bound
-                value, is_odd = where(is_small, splat(scalar(0.0, first_lane(y))), value), is_odd | is_small
+                is_odd = is_odd | (order < bound)
+                value = where(is_odd, splat(scalar(0.0, first_lane(y))), value)
             else:
                 least = where(order < least, order, least)
         return value, is_odd, least, signs
@@ -191,17 +191,18 @@ def _make_add(divergence, has_odd, kind, is_wide):
         three vectors ahead, finds independent chains there (in the second-level cache, 1.15 times as fast as one after
         the other).
 
-        Narrow grids reach down to values of 2**(exponent - 44). Probabilities from 2**(exponent - 38) on, with
+        Narrow grids reach down to values of 2**(exponent - 44). Probabilities from 2**(exponent - 44 - CLOSE) on, with
         logarithms 2**CLOSE apart, have none below, and one minimum over the tile tells whether there were any others.
-        Where there were negative ones, too, the tile does not fit; an infinite one makes a value that does not.
+        (Of an odd value, what is added before it is known to be odd is taken off again.) Where there were negative
+        probabilities the tile does not fit, either; an infinite one makes a value that does not.
         """
-        mended = scratch.narrow[1]
-        like = mended[0]
+        inputs, targets = scratch.narrow[0], scratch.narrow[1]
+        like = inputs[0]
         n_lanes = lanes(like)
         zero = splat(scalar(0.0, like))
         bound = _order_of_power(np.int64(SMALLEST) if is_wide else exponent - 44 - CLOSE, like)
         least, signs = splat(integer_like(_LARGEST_INTEGER, like)), splat(integer_like(0, like))
-        odd = scratch.places[0]
+        odd, n_words = scratch.places[0], 0
         constants, sums = grids(zero, exponent), no_sums(zero)
         paired = n // (2 * n_lanes) * (2 * n_lanes)
         held, other_held = zero, zero
@@ -216,7 +217,7 @@ def _make_add(divergence, has_odd, kind, is_wide):
             sums = add_value(other_held, add_value(held, sums, constants), constants)
             held, other_held = value, other
             if has_odd:
-                odd[i >> 5] = mask_bits(is_odd) | (mask_bits(other_is_odd) << n_lanes)
+                n_words = _note(odd, n_words, i, mask_bits(is_odd) | (mask_bits(other_is_odd) << n_lanes))
         sums = add_value(other_held, add_value(held, sums, constants), constants)
         n_vectors = paired // n_lanes + 2  # (with the zeros that were held first)
         for slot in range(paired, n, n_lanes):
@@ -229,14 +230,19 @@ def _make_add(divergence, has_odd, kind, is_wide):
             sums = add_value(where(is_new, value, zero), sums, constants)
             n_vectors += 1
             if has_odd:
-                _note(odd, slot, mask_bits(is_odd & is_new) >> (slot - i))
+                n_words = _note(odd, n_words, i, mask_bits(is_odd & is_new))
         if has_odd:
             if any_lane((least < bound) | (signs < splat(integer_like(0, like)))):
                 return False
-            numbers, inputs, targets = scratch.places[1], scratch.wide[0], scratch.wide[1]
-            n_odd = _mend(x, x_at, y, y_at, n, odd, numbers, inputs, targets, mended)
-            for i in range(0, n_odd, n_lanes):
-                sums = add_vector(load(mended, i, like), sums, constants)
+            n_odd = _gather_odd(x, x_at, y, y_at, odd, n_words, scratch.places[1], inputs, targets)
+            if not is_wide:
+                for k in range(0, n_odd, n_lanes):
+                    value, _ = divergence(load(inputs, k, like), load(targets, k, like))
+                    sums = add_value(-value, sums, constants)
+                    n_vectors += 1
+            _mend(inputs, targets, n_odd)
+            for k in range(0, n_odd, n_lanes):
+                sums = add_vector(load(targets, k, like), sums, constants)
                 n_vectors += 1
         return add_sums(zero, state, sums, exponent, n_vectors, True)
 

@@ -24,13 +24,13 @@ import numpy as np
 from numba.np.ufunc import parallel as numba_threads
 
 from fastloss import _forks
-from fastloss._kernels.driver import LEDGER_SIZE, NEXT_TASK
-from fastloss._kernels.tiles import N_TILES, TASK_TILES
+from fastloss._kernels.driver import CHUNK, LEDGER_SIZE, NEXT_TASK
+from fastloss._kernels.tiles import N_CLASSES, N_ROWS, N_TILES, TASK_TILES
 from fastloss._validation import Array
 
 if TYPE_CHECKING:
     from fastloss._kernels._jit import Kernel
-    from fastloss._kernels.driver import TileKernel
+    from fastloss._kernels.driver import Split, TileKernel
 
 # Elements below which a kernel runs serially. Two threads take some 5 us to start; a thread scores about a million
 # elements in a millisecond.
@@ -41,6 +41,13 @@ PARALLEL_THRESHOLD = 1 << 16
 FIRST_CUT = 1 << 22
 CUT_SECONDS = 0.2
 CUT_GROWTH = 8
+
+# Elements from where on rows are split, and up to how many tiles each thread has then: with more, the threads end
+# together anyway. In one thread, the rows of tiles with more elements than the last are split, for Ctrl-C to be
+# answered.
+SPLIT_THRESHOLD = 1 << 17
+SPLIT_TILES = 4
+LARGE_TILE = 1 << 25
 
 # Who owns it is in a parallel region.
 _region = threading.RLock()
@@ -169,7 +176,24 @@ def run_tiles(
     """
     weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
     dtypes = x.dtype, y.dtype, weights, out.dtype
-    if n_elements <= FIRST_CUT:
+    return _run_in_cuts(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+
+
+def _run_in_cuts(
+    kernel: "TileKernel",
+    dtypes: tuple[Any, ...],
+    n_elements: int,
+    ledger: Array,
+    x: Array,
+    y: Array,
+    weight: Any,
+    out: Array,
+    geometry: Array,
+    keep: float,
+    spread: float,
+) -> Any:
+    """:func:`run_tiles`, the flat memory of the arrays seen as these dtypes."""
+    if n_elements <= FIRST_CUT or _splits(kernel, n_elements, geometry):
         return run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
     n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
     n_tasks = -(-n_tiles // task)
@@ -202,7 +226,12 @@ def run_cut(
     keep: float,
     spread: float,
 ) -> Any:
-    """Run a kernel over the tiles of a geometry at once, the flat memory of the arrays seen as these dtypes."""
+    """Run a kernel over the tiles of a geometry at once, the flat memory of the arrays seen as these dtypes.
+
+    Where it splits the rows, that is in cuts too.
+    """
+    if n_elements >= SPLIT_THRESHOLD and _splits(kernel, n_elements, geometry):
+        return _run_split(kernel.split, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
     try:
         entry = kernel.entry(n_workers > 1, *dtypes)
@@ -210,6 +239,40 @@ def run_cut(
     finally:
         if n_workers > 1:
             _leave()
+
+
+def _splits(kernel: "TileKernel", n_elements: int, geometry: Array) -> bool:
+    """Whether to split the rows."""
+    split = kernel.split
+    if split is None or n_elements < SPLIT_THRESHOLD or geometry[N_CLASSES] <= split.size:
+        return False
+    n_tiles, n_threads = int(geometry[N_TILES]), num_threads()
+    return n_tiles < SPLIT_TILES * n_threads if n_threads > 1 else n_elements > LARGE_TILE * n_tiles
+
+
+def _run_split(
+    split: "Split",
+    dtypes: tuple[Any, ...],
+    n_elements: int,
+    ledger: Array,
+    x: Array,
+    y: Array,
+    weight: Array,
+    out: Array,
+    geometry: Array,
+    keep: float,
+    spread: float,
+) -> Any:
+    """Run the two kernels of a split."""
+    n_classes = int(geometry[N_CLASSES])
+    records = np.empty(int(geometry[N_ROWS]) * -(-n_classes // CHUNK) * split.n_values)
+    pieces = geometry.copy()
+    pieces[N_TILES] *= -(-n_classes // split.size)
+    pieces[TASK_TILES] = 1
+    dtypes = *dtypes[:2], (dtypes[2], records.dtype), dtypes[3]
+    weights = weight, records
+    _run_in_cuts(split.pieces, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
+    return run_cut(split.join, dtypes, records.size, ledger, x, y, weights, out, geometry, keep, spread)
 
 
 def target() -> tuple[str, int]:

@@ -181,17 +181,18 @@ def _python_entry(body, dtypes):
 
 
 class Split(NamedTuple):
-    """How several workers share the rows of a tile: in place of a kernel, two others run one after the other.
+    """How several workers share the rows of a tile: in place of a kernel, others run one after the other.
 
     A tile of ``pieces`` is a piece, ``size`` classes, of the rows of a tile (see :func:`piece_bounds`), and its result
-    a record of ``n_values`` for each row and chunk. ``join`` goes on from the records. In both, ``weight`` is a tuple,
-    of which the records are the second.
+    a record of ``n_values`` for each row and chunk. ``join`` goes on from the records. ``write``, if there is one, goes
+    through the pieces again. In all of them, ``weight`` is a tuple, of which the records are the second.
     """
 
     pieces: TileKernel
     size: int
     n_values: int
     join: TileKernel
+    write: TileKernel | None = None
 
 
 @inline

@@ -257,7 +257,7 @@ def _target_pieces(piece_sums, size):
 
 
 @inline
-def _logits_alone(y, weight):
+def logits_alone(y, weight):
     return None, None
 
 
@@ -271,7 +271,7 @@ def _both(y, weight):
     return y, weight
 
 
-def _max_shift_pieces(piece_sums, size, chosen):
+def max_shift_pieces(piece_sums, size, chosen, is_exact=False):
     """The part of the other kernels that reads the rows, piece by piece; ``chosen(y, weight)`` is what it needs."""
 
     @subroutine
@@ -284,7 +284,7 @@ def _max_shift_pieces(piece_sums, size, chosen):
         y, weight = chosen(y, weight)
         piece_sums(
             x, geometry, start, offsets, n, begin, end, y, y_offsets, weight, scalar(keep, like), scalar(spread, like),
-            False, like, scratch,
+            is_exact, like, scratch,
         )  # fmt: skip
 
     return do_tile
@@ -307,7 +307,7 @@ def _make_shifted_by_maximum(name, make_tile, chosen):
     kernels = []
     join = make_kernel(f"{name}_join", make_tile(rows.joined_max_shifts), has_records=True)
     for module, kind in ((rows, "rows"), (planes, "planes")):
-        do_piece = _max_shift_pieces(module.max_shift_pieces, module.PIECE, chosen)
+        do_piece = max_shift_pieces(module.max_shift_pieces, module.PIECE, chosen)
         pieces = make_kernel(f"{name}_{kind}_pieces", do_piece, has_records=True)
         split = Split(pieces, module.PIECE, 4, join)
         kernels.append(make_kernel(f"{name}_{kind}", make_tile(module.max_shift_tile), split=split))
@@ -317,4 +317,4 @@ def _make_shifted_by_maximum(name, make_tile, chosen):
 cross_entropy_rows, cross_entropy_planes = _make_cross_entropy()
 smoothed_rows, smoothed_planes = _make_shifted_by_maximum("smoothed", _smoothed_cross_entropy, _weight_alone)
 probabilities_rows, probabilities_planes = _make_shifted_by_maximum("probabilities", _probabilities, _both)
-logsumexp_rows, logsumexp_planes = _make_shifted_by_maximum("logsumexp", _logsumexp, _logits_alone)
+logsumexp_rows, logsumexp_planes = _make_shifted_by_maximum("logsumexp", _logsumexp, logits_alone)

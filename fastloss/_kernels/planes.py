@@ -675,19 +675,18 @@ def _max_shift_classes(
 
 
 @inline
-def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, scratch):
-    """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
+def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shifts, scales, is_log, scratch):
+    """Write exp(x - shift) * scale, or x - shift - scale, for the classes ``begin .. end`` of each row of a tile."""
     stage, out_stage = scratch.stage, scratch.out_stage
     like = shifts[0]
     n_lanes = lanes(like)
-    n_classes = geometry[tiles.N_CLASSES]
     stride, out_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.SECOND)
     width = tiles.scratch_width(geometry)
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     out_direct = is_direct(geometry, tiles.SECOND, start, n, n_lanes)
-    for low in range(0, n_classes, BATCH):
-        high = min(low + BATCH, n_classes)
+    for low in range(begin, end, BATCH):
+        high = min(low + BATCH, end)
         if not direct:
             stage_classes(x, offsets, n, stride, low, high, width, stage, like)
         for c in range(low, high):

@@ -532,8 +532,8 @@ def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale,
 
 
 @inline
-def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, scratch):
-    """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
+def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shifts, scales, is_log, scratch):
+    """Write exp(x - shift) * scale, or x - shift - scale, for the classes ``begin .. end`` of each row of a tile."""
     stage, out_stage = scratch.stage, scratch.out_stage
     like = shifts[0]
     n_lanes = lanes(like)
@@ -541,13 +541,13 @@ def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales,
     stride, out_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.SECOND)
     direct = out_stride == 1 and n_classes >= n_lanes
     for i in range(n):
-        for low in range(0, n_classes, BLOCK):
-            high = min(low + BLOCK, n_classes)
+        for low in range(begin, end, BLOCK):
+            high = min(low + BLOCK, end)
             source, origin = _block_of(x, offsets[i], stride, low, high, n_classes, n_lanes, stage)
-            begin = max(0, min(low, high - n_lanes))
+            first = max(0, min(low, high - n_lanes))
             sink = out if direct else out_stage
-            sink_origin = -out_offsets[i] if direct else begin
+            sink_origin = -out_offsets[i] if direct else first
             _write_block(source, origin, sink, sink_origin, low, high, n_classes, shifts[i], scales[i], is_log, like)
             if not direct:
                 for c in range(low, high):
-                    out[out_offsets[i] + c * out_stride] = out_stage[c - begin]
+                    out[out_offsets[i] + c * out_stride] = out_stage[c - first]

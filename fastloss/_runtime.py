@@ -7,6 +7,7 @@
   that layer there are parallel regions only while the process has a single Python thread: nobody can come in between.
 * GNU OpenMP ends, or hangs, in a child forked after its threads have been started, by whatever library: such a child
   computes serially, and so does one forked after TBB was started. See :mod:`fastloss._forks` for the moment itself.
+* Threads take tiles of rows in turn; where there are few, of long rows, they take pieces of them.
 * A kernel cannot be interrupted, so long calls are cut: Ctrl-C is answered between the cuts.
 * ``numba.set_num_threads`` is respected, and never called.
 """
@@ -177,10 +178,10 @@ def run_tiles(
     """
     weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
     dtypes = x.dtype, y.dtype, weights, out.dtype
-    return _run_in_cuts(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+    return run_typed(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
 
 
-def _run_in_cuts(
+def run_typed(
     kernel: "TileKernel",
     dtypes: tuple[Any, ...],
     n_elements: int,
@@ -194,8 +195,10 @@ def _run_in_cuts(
     spread: float,
 ) -> Any:
     """:func:`run_tiles`, the flat memory of the arrays seen as these dtypes."""
-    if n_elements <= FIRST_CUT or _splits(kernel, n_elements, geometry):
-        return run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+    if n_elements >= SPLIT_THRESHOLD and _splits(kernel, n_elements, geometry):
+        return _run_split(kernel.split, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+    if n_elements <= FIRST_CUT:
+        return _run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
     n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
     n_tasks = -(-n_tiles // task)
     cut = geometry.copy()
@@ -207,14 +210,14 @@ def _run_in_cuts(
         end = min(n_tasks, begin + size)
         cut[N_TILES] = min(n_tiles, end * task)
         ledger[0, NEXT_TASK] = begin
-        found = run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, cut, keep, spread)
+        found = _run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, cut, keep, spread)
         begin = end
         elapsed = max(time.perf_counter() - started, 1e-6)
         size = max(1, int(size * min(CUT_SECONDS / elapsed, CUT_GROWTH)))
     return found
 
 
-def run_cut(
+def _run_cut(
     kernel: "TileKernel",
     dtypes: tuple[Any, ...],
     n_elements: int,
@@ -227,12 +230,7 @@ def run_cut(
     keep: float,
     spread: float,
 ) -> Any:
-    """Run a kernel over the tiles of a geometry at once, the flat memory of the arrays seen as these dtypes.
-
-    Where it splits the rows, that is in cuts too.
-    """
-    if n_elements >= SPLIT_THRESHOLD and _splits(kernel, n_elements, geometry):
-        return _run_split(kernel.split, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+    """Run a kernel over the tiles of a geometry at once, the flat memory of the arrays seen as these dtypes."""
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
     try:
         entry = kernel.entry(n_workers > 1, *dtypes)
@@ -245,7 +243,7 @@ def run_cut(
 def _splits(kernel: "TileKernel", n_elements: int, geometry: Array) -> bool:
     """Whether to split the rows."""
     split = kernel.split
-    if split is None or n_elements < SPLIT_THRESHOLD or geometry[N_CLASSES] <= split.size:
+    if split is None or geometry[N_CLASSES] <= split.size:
         return False
     n_tiles, n_threads = int(geometry[N_TILES]), num_threads()
     is_uneven = n_tiles % n_threads != 0 and n_tiles < SPLIT_TILES * n_threads
@@ -273,10 +271,10 @@ def _run_split(
     pieces[TASK_TILES] = 1
     dtypes = *dtypes[:2], (dtypes[2], records.dtype), dtypes[3]
     weights = weight, records
-    _run_in_cuts(split.pieces, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
-    found = run_cut(split.join, dtypes, records.size, ledger, x, y, weights, out, geometry, keep, spread)
+    run_typed(split.pieces, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
+    found = _run_cut(split.join, dtypes, records.size, ledger, x, y, weights, out, geometry, keep, spread)
     if split.write is not None:
-        _run_in_cuts(split.write, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
+        run_typed(split.write, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
     return found
 
 

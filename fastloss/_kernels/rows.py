@@ -4,7 +4,7 @@ Order of addition, the same in :mod:`fastloss._kernels.planes`, so that a row ha
 a block of :data:`BLOCK` classes, class c is added to lane c modulo the number of lanes (the last classes of the row,
 where they do not fill a vector, to the last lanes; see :func:`tail`), in the compute type. The lanes are folded by
 halves. The block sums are added in float64 within a chunk of :data:`CHUNK` classes, and the chunk sums in float64; a
-chunk is the piece of a long row that a thread takes.
+chunk is the least piece of a long row that a thread takes.
 
 Accuracy: a lane adds at most 16 float32 terms, so that a row's sum is within about 1e-6 of the exact one in the worst
 case and 1e-7 in practice, for any number of classes.

@@ -7,6 +7,7 @@
   that layer there are parallel regions only while the process has a single Python thread: nobody can come in between.
 * GNU OpenMP ends, or hangs, in a child forked after its threads have been started, by whatever library: such a child
   computes serially, and so does one forked after TBB was started. See :mod:`fastloss._forks` for the moment itself.
+* Threads take tiles of rows in turn; where there are few, of long rows, they take pieces of them.
 * A kernel cannot be interrupted, so long calls are cut: Ctrl-C is answered between the cuts.
 * ``numba.set_num_threads`` is respected, and never called.
 """
@@ -24,13 +25,13 @@ import numpy as np
 from numba.np.ufunc import parallel as numba_threads
 
 from fastloss import _forks
-from fastloss._kernels.driver import LEDGER_SIZE, NEXT_TASK
-from fastloss._kernels.tiles import N_TILES, TASK_TILES
+from fastloss._kernels.driver import CHUNK, LEDGER_SIZE, NEXT_TASK
+from fastloss._kernels.tiles import N_CLASSES, N_ROWS, N_TILES, TASK_TILES
 from fastloss._validation import Array
 
 if TYPE_CHECKING:
     from fastloss._kernels._jit import Kernel
-    from fastloss._kernels.driver import TileKernel
+    from fastloss._kernels.driver import Split, TileKernel
 
 # Elements below which a kernel runs serially. Two threads take some 5 us to start; a thread scores about a million
 # elements in a millisecond.
@@ -41,6 +42,14 @@ PARALLEL_THRESHOLD = 1 << 16
 FIRST_CUT = 1 << 22
 CUT_SECONDS = 0.2
 CUT_GROWTH = 8
+
+# Elements from where on threads share the rows of a tile: below, it takes longer (log-sum-exp of one row of 131,072
+# classes in two threads 1.1 times as long, of 262,144 0.9 times). With as many tiles for each thread as the second
+# says, or as many for one as for another, the threads end together anyway. A tile of more elements than the last is
+# split in any case: it takes some hundredths of a second, and much more from a disk, without an answer to Ctrl-C.
+SPLIT_THRESHOLD = 1 << 18
+SPLIT_TILES = 4
+LARGE_TILE = 1 << 25
 
 # Who owns it is in a parallel region.
 _region = threading.RLock()
@@ -169,8 +178,27 @@ def run_tiles(
     """
     weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
     dtypes = x.dtype, y.dtype, weights, out.dtype
+    return run_typed(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+
+
+def run_typed(
+    kernel: "TileKernel",
+    dtypes: tuple[Any, ...],
+    n_elements: int,
+    ledger: Array,
+    x: Array,
+    y: Array,
+    weight: Any,
+    out: Array,
+    geometry: Array,
+    keep: float,
+    spread: float,
+) -> Any:
+    """:func:`run_tiles`, the flat memory of the arrays seen as these dtypes."""
+    if n_elements >= SPLIT_THRESHOLD and _splits(kernel, n_elements, geometry):
+        return _run_split(kernel.split, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
     if n_elements <= FIRST_CUT:
-        return run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+        return _run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
     n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
     n_tasks = -(-n_tiles // task)
     cut = geometry.copy()
@@ -182,14 +210,14 @@ def run_tiles(
         end = min(n_tasks, begin + size)
         cut[N_TILES] = min(n_tiles, end * task)
         ledger[0, NEXT_TASK] = begin
-        found = run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, cut, keep, spread)
+        found = _run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, cut, keep, spread)
         begin = end
         elapsed = max(time.perf_counter() - started, 1e-6)
         size = max(1, int(size * min(CUT_SECONDS / elapsed, CUT_GROWTH)))
     return found
 
 
-def run_cut(
+def _run_cut(
     kernel: "TileKernel",
     dtypes: tuple[Any, ...],
     n_elements: int,
@@ -210,6 +238,44 @@ def run_cut(
     finally:
         if n_workers > 1:
             _leave()
+
+
+def _splits(kernel: "TileKernel", n_elements: int, geometry: Array) -> bool:
+    """Whether to split the rows."""
+    split = kernel.split
+    if split is None or geometry[N_CLASSES] <= split.size:
+        return False
+    n_tiles, n_threads = int(geometry[N_TILES]), num_threads()
+    is_uneven = n_tiles % n_threads != 0 and n_tiles < SPLIT_TILES * n_threads
+    return is_uneven or n_elements > LARGE_TILE * n_tiles
+
+
+def _run_split(
+    split: "Split",
+    dtypes: tuple[Any, ...],
+    n_elements: int,
+    ledger: Array,
+    x: Array,
+    y: Array,
+    weight: Array,
+    out: Array,
+    geometry: Array,
+    keep: float,
+    spread: float,
+) -> Any:
+    """Run the kernels of a split one after the other."""
+    n_classes = int(geometry[N_CLASSES])
+    records = np.empty(int(geometry[N_ROWS]) * -(-n_classes // CHUNK) * split.n_values)
+    pieces = geometry.copy()
+    pieces[N_TILES] *= -(-n_classes // split.size)
+    pieces[TASK_TILES] = 1
+    dtypes = *dtypes[:2], (dtypes[2], records.dtype), dtypes[3]
+    weights = weight, records
+    run_typed(split.pieces, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
+    found = _run_cut(split.join, dtypes, records.size, ledger, x, y, weights, out, geometry, keep, spread)
+    if split.write is not None:
+        run_typed(split.write, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
+    return found
 
 
 def target() -> tuple[str, int]:

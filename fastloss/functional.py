@@ -568,7 +568,7 @@ def _remember(
             if entry is not None and n_elements < runtime.PARALLEL_THRESHOLD:
                 total, _, kept, bad = entry(1, ledger, input, target, weight, one, table, keep, spread)
             else:
-                total, _, kept, bad = runtime.run_cut(
+                total, _, kept, bad = runtime.run_typed(
                     kernel, seen, n_elements, ledger, input, target, weight, one, table, keep, spread
                 )
         except BufferError:
@@ -585,7 +585,7 @@ def _remember(
             if entry is not None and n_elements < runtime.PARALLEL_THRESHOLD:
                 _, _, _, bad = entry(1, ledger, input, target, weight, out, table, keep, spread)
             else:
-                _, _, _, bad = runtime.run_cut(
+                _, _, _, bad = runtime.run_typed(
                     kernel, seen, n_elements, ledger, input, target, weight, out, table, keep, spread
                 )
         except BufferError:

@@ -15,7 +15,7 @@ import pytest
 import references
 
 import fastloss
-from fastloss import metrics
+from fastloss import _runtime, metrics
 
 INF, NAN = float("inf"), float("nan")
 
@@ -159,6 +159,23 @@ def check_metrics():
         metrics.brier_score_from_logits([0, 1], [[INF, 0], [0, 1]])
 
 
+def check_long_rows():
+    """Rows in pieces, as threads share them: of contiguous classes, and of strided ones."""
+    rng = np.random.default_rng(4)
+    _runtime.SPLIT_THRESHOLD = _runtime.LARGE_TILE = 0
+    for shape, order in (((2, 32_800), "C"), ((9, 8200), "F")):
+        x = np.asarray((rng.normal(size=shape) * 3).astype(np.float32), order=order)
+        t = rng.integers(0, 100, len(x))
+        y = np.asarray(rng.random(shape).astype(np.float32), order=order)
+        t[1] = shape[1] - 1
+        close(fastloss.logsumexp(x, 1), references.logsumexp(x, 1))
+        close(fastloss.cross_entropy(x, y), references.cross_entropy_probabilities(x, y))
+        for options in ({}, {"ignore_index": int(t[1])}, {"label_smoothing": 0.1}):
+            close(fastloss.cross_entropy(x, t, **options), references.cross_entropy(x, t, **options))
+        close(fastloss.softmax(x, 1), references.softmax(x, 1))
+        close(fastloss.log_softmax(x, 1), references.log_softmax(x, 1))
+
+
 def check_special_values():
     rows = [[0, -INF, 1], [-INF] * 3, [0, INF, 1], [0, NAN, 1], [-200, 0, 1], [1e30, -1e30, 0], [0, -23, -INF]]
     for dtype in (np.float32, np.float64):
@@ -213,6 +230,7 @@ def main():
     check_metrics()
     check_sums()
     check_errors()
+    check_long_rows()
     print("all kernels agree")
 
 

@@ -15,7 +15,7 @@ others are added to the first. The caller may keep it from call to call, or give
 """
 
 from collections import namedtuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import config, float64, int64, prange
@@ -59,8 +59,9 @@ STAGED_ROWS = 64
 #   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a
 #             batch of the result's
 #   kept      compute dtype: a block of classes, for the kernels that keep what they have computed
-#   memory    what all of them are cut out of, to be released
-Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage kept memory")
+#   records   no scratch: float64, what is known of the chunks of the rows, for the kernels of a Split; see record_at()
+#   memory    what the others are cut out of, to be released
+Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage kept records memory")
 
 # As many classes per lane as there may be.
 ANY_NUMBER = 1 << 40
@@ -72,13 +73,19 @@ def group_size(n_classes):
 
 
 @inline
+def record_at(geometry, row, c, size):
+    """Where among the records, of ``size`` values each, that of a row's chunk is that begins with class c."""
+    return (row * ((geometry[tiles.N_CLASSES] + CHUNK - 1) // CHUNK) + c // CHUNK) * size
+
+
+@inline
 def _padded(n_bytes):
     """Bytes up to the next border of a cache line."""
     return (n_bytes + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
 
 
 @subroutine
-def _make_scratch(x, y, out, geometry, light, keeps):
+def _make_scratch(x, y, out, geometry, light, keeps, records):
     width, n_classes = tiles.scratch_width(geometry), geometry[tiles.N_CLASSES]
     n_lanes, group = lanes(out[0]), group_size(n_classes)
     if n_classes <= light * n_lanes:
@@ -109,6 +116,7 @@ def _make_scratch(x, y, out, geometry, light, keeps):
         take(memory, other_stage, n_others, y),
         take(memory, out_stage, n_out, out),
         take(memory, kept, n_kept, out),
+        records,
         memory,
     )
 
@@ -148,8 +156,9 @@ def _collect(ledgers, n_workers, kept):
 class TileKernel(Kernel):
     """A kernel whose arguments are flat memory."""
 
-    def __init__(self, name, body):
+    def __init__(self, name, body, split=None):
         super().__init__(name, body)
+        self.split = split
         self._entries = {}
 
     def entry(self, is_parallel: bool, x: Any, y: Any, weight: Any, out: Any) -> Any:
@@ -178,16 +187,54 @@ def _python_entry(body, dtypes):
     return lambda n_workers, *args: body(n_workers, *map(flat, args[:6], dtypes), *args[6:])
 
 
-def make_kernel(name, do_tile, light=0, keeps=False):
+class Split(NamedTuple):
+    """How several workers share the rows of a tile: in place of a kernel, others run one after the other.
+
+    A tile of ``pieces`` is a piece, ``size`` classes, of the rows of a tile (see :func:`piece_bounds`), and its result
+    a record of ``n_values`` for each row and chunk. ``join`` goes on from the records. ``write``, if there is one, goes
+    through the pieces again. In all of them, ``weight`` is a tuple, of which the records are the second.
+    """
+
+    pieces: TileKernel
+    size: int
+    n_values: int
+    join: TileKernel
+    write: TileKernel | None = None
+
+
+@inline
+def piece_bounds(geometry, piece, size):
+    """First row and number of rows of a piece, and its classes."""
+    n_classes = geometry[tiles.N_CLASSES]
+    n_pieces = (n_classes + size - 1) // size
+    start, n = tiles.tile_bounds(geometry, piece // n_pieces)
+    begin = piece % n_pieces * size
+    return start, n, begin, min(begin + size, n_classes)
+
+
+@inline
+def _alone(weight):
+    return weight, None
+
+
+@inline
+def _with_records(weight):
+    return weight[0], weight[1]
+
+
+def make_kernel(name, do_tile, light=0, keeps=False, split=None, has_records=False):
     """A kernel of ``do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread)``.
 
     With up to ``light`` classes per lane, ``do_tile`` gets along with two rows of ``narrow`` and of ``wide``, no
-    ``sums``, and of ``other_stage`` and ``out_stage`` one value per row. With ``keeps`` it gets ``kept``.
+    ``sums``, and of ``other_stage`` and ``out_stage`` one value per row. With ``keeps`` it gets ``kept``. ``split`` is
+    a :class:`Split`, if there is one; ``has_records`` says that the kernel is part of one.
     """
+    parts = _with_records if has_records else _alone
 
     @subroutine
     def work(counter, ledger, x, y, weight, out, geometry, keep, spread):
-        scratch = _make_scratch(x, y, out, geometry, light, keeps)
+        weight, records = parts(weight)
+        scratch = _make_scratch(x, y, out, geometry, light, keeps, records)
         size = geometry[tiles.TASK_TILES]
         while True:
             first = next_task(counter) * size
@@ -207,4 +254,4 @@ def make_kernel(name, do_tile, light=0, keeps=False):
         release(memory)
         return found
 
-    return TileKernel(name, kernel)
+    return TileKernel(name, kernel, split)

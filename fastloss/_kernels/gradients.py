@@ -352,7 +352,7 @@ def _know_again(x, geometry, offsets, n, targets, narrow, scratch, kept, kept_of
                 (scratch.stage, scratch.stage),
             )  # fmt: skip
             rows.target_row(
-                x, offsets[i], stride, n_classes, np.int64(-1), largest, scratch.stage,
+                x, offsets[i], stride, 0, n_classes, n_classes, np.int64(-1), largest, scratch.stage,
                 kept, kept_offsets[i], kept_stride, scratch.out_stage,
             )  # fmt: skip
             narrow[SHIFT, i] = largest

@@ -7,7 +7,7 @@ few classes); the two give the same bits.
 import numpy as np
 
 from fastloss._kernels import planes, rows, tiles
-from fastloss._kernels._jit import subroutine
+from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
     first_lane,
@@ -22,7 +22,17 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import LOG1P_LIMIT, log1p
-from fastloss._kernels.driver import ANY_NUMBER, BAD, GUESS, KEPT, SECOND_GUESS, SECOND_SUM, make_kernel
+from fastloss._kernels.driver import (
+    ANY_NUMBER,
+    BAD,
+    GUESS,
+    KEPT,
+    SECOND_GUESS,
+    SECOND_SUM,
+    Split,
+    make_kernel,
+    piece_bounds,
+)
 from fastloss._kernels.sums import add_block
 
 
@@ -243,11 +253,80 @@ def _logsumexp(tile_sums):
     return do_tile
 
 
-cross_entropy_rows = make_kernel("cross_entropy_rows", _cross_entropy(rows.target_tile), light=ANY_NUMBER)
-cross_entropy_planes = make_kernel("cross_entropy_planes", _cross_entropy(planes.target_tile), light=2)
-smoothed_rows = make_kernel("smoothed_rows", _smoothed_cross_entropy(rows.max_shift_tile))
-smoothed_planes = make_kernel("smoothed_planes", _smoothed_cross_entropy(planes.max_shift_tile))
-probabilities_rows = make_kernel("probabilities_rows", _probabilities(rows.max_shift_tile))
-probabilities_planes = make_kernel("probabilities_planes", _probabilities(planes.max_shift_tile))
-logsumexp_rows = make_kernel("logsumexp_rows", _logsumexp(rows.max_shift_tile))
-logsumexp_planes = make_kernel("logsumexp_planes", _logsumexp(planes.max_shift_tile))
+# -------------------------------------------------------------------------------------------- pieces of a long row
+
+
+def _target_pieces(piece_sums, size):
+    """The part of :func:`_cross_entropy` that reads the rows, piece by piece."""
+
+    @subroutine
+    def do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
+        start, n, begin, end = piece_bounds(geometry, tile, size)
+        begin_targets(ledger, x, y, geometry, start, n, scratch)
+        piece_sums(x, geometry, start, scratch.places[0], n, begin, end, scratch.places[2], scratch.narrow[0], scratch)
+
+    return do_tile
+
+
+@inline
+def logits_alone(y, weight):
+    return None, None
+
+
+@inline
+def _weight_alone(y, weight):
+    return None, weight
+
+
+@inline
+def _both(y, weight):
+    return y, weight
+
+
+def max_shift_pieces(piece_sums, size, chosen, is_exact=False):
+    """The part of the other kernels that reads the rows, piece by piece; ``chosen(y, weight)`` is what it needs."""
+
+    @subroutine
+    def do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
+        like = out[0]
+        offsets, y_offsets = scratch.places[0], scratch.places[1]
+        start, n, begin, end = piece_bounds(geometry, tile, size)
+        tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
+        tiles.row_offsets(geometry, tiles.TARGET, start, n, y_offsets)
+        y, weight = chosen(y, weight)
+        piece_sums(
+            x, geometry, start, offsets, n, begin, end, y, y_offsets, weight, scalar(keep, like), scalar(spread, like),
+            is_exact, like, scratch,
+        )  # fmt: skip
+
+    return do_tile
+
+
+def _make_cross_entropy():
+    """The kernels for contiguous and for strided classes."""
+    kernels = []
+    join = make_kernel("cross_entropy_join", _cross_entropy(rows.joined_targets), ANY_NUMBER, has_records=True)
+    for module, kind, light in ((rows, "rows", ANY_NUMBER), (planes, "planes", 2)):
+        do_piece = _target_pieces(module.target_pieces, module.PIECE)
+        pieces = make_kernel(f"cross_entropy_{kind}_pieces", do_piece, light, has_records=True)
+        split = Split(pieces, module.PIECE, 1, join)
+        kernels.append(make_kernel(f"cross_entropy_{kind}", _cross_entropy(module.target_tile), light, split=split))
+    return kernels
+
+
+def _make_shifted_by_maximum(name, make_tile, chosen):
+    """The kernels for contiguous and for strided classes."""
+    kernels = []
+    join = make_kernel(f"{name}_join", make_tile(rows.joined_max_shifts), has_records=True)
+    for module, kind in ((rows, "rows"), (planes, "planes")):
+        do_piece = max_shift_pieces(module.max_shift_pieces, module.PIECE, chosen)
+        pieces = make_kernel(f"{name}_{kind}_pieces", do_piece, has_records=True)
+        split = Split(pieces, module.PIECE, 4, join)
+        kernels.append(make_kernel(f"{name}_{kind}", make_tile(module.max_shift_tile), split=split))
+    return kernels
+
+
+cross_entropy_rows, cross_entropy_planes = _make_cross_entropy()
+smoothed_rows, smoothed_planes = _make_shifted_by_maximum("smoothed", _smoothed_cross_entropy, _weight_alone)
+probabilities_rows, probabilities_planes = _make_shifted_by_maximum("probabilities", _probabilities, _both)
+logsumexp_rows, logsumexp_planes = _make_shifted_by_maximum("logsumexp", _logsumexp, logits_alone)

@@ -3,9 +3,30 @@
 import numpy as np
 
 from fastloss._kernels import planes, rows, tiles
-from fastloss._kernels._jit import subroutine
-from fastloss._kernels.driver import make_kernel
-from fastloss._kernels.losses import log1p_all
+from fastloss._kernels._jit import inline, subroutine
+from fastloss._kernels.driver import Split, make_kernel, piece_bounds, record_at
+from fastloss._kernels.losses import log1p_all, logits_alone, max_shift_pieces
+
+
+@inline
+def _find_scales(x, geometry, start, offsets, n, tile_sums, scratch):
+    """What the entries of a tile's rows are made of, the maxima and the scales, see :func:`_softmax`: two rows of
+    ``narrow``.
+    """
+    largest, scales = scratch.narrow[0], scratch.narrow[1]
+    rest, unused = scratch.wide[4], scratch.wide[5]
+    like = largest[0]
+    tile_sums(
+        x, geometry, start, offsets, n, None, offsets, None, like, like, True, largest, rest, unused, unused, scratch
+    )
+    is_log = geometry[tiles.IS_LOG] != 0
+    for i in range(n):
+        scales[i] = rest[i] if is_log else 1.0 / (1.0 + rest[i])
+    if is_log:
+        log1p_all(scales, n)
+    for i in range(n):
+        if not np.isfinite(largest[i]):
+            scales[i] = np.nan
 
 
 def _softmax(tile_sums, write_tile):
@@ -17,29 +38,63 @@ def _softmax(tile_sums, write_tile):
 
     @subroutine
     def do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
-        like = out[0]
-        is_log = geometry[tiles.IS_LOG] != 0
         offsets, out_offsets = scratch.places[0], scratch.places[1]
-        largest, scales = scratch.narrow[0], scratch.narrow[1]
-        rest, unused = scratch.wide[4], scratch.wide[5]
         start, n = tiles.tile_bounds(geometry, tile)
         tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
         tiles.row_offsets(geometry, tiles.SECOND, start, n, out_offsets)
-        tile_sums(
-            x, geometry, start, offsets, n, None, offsets, None, like, like, True,
-            largest, rest, unused, unused, scratch,
+        _find_scales(x, geometry, start, offsets, n, tile_sums, scratch)
+        write_tile(
+            x, geometry, start, offsets, n, 0, geometry[tiles.N_CLASSES], out, out_offsets,
+            scratch.narrow[0], scratch.narrow[1], geometry[tiles.IS_LOG] != 0, scratch,
         )  # fmt: skip
-        for i in range(n):
-            scales[i] = rest[i] if is_log else 1.0 / (1.0 + rest[i])
-        if is_log:
-            log1p_all(scales, n)
-        for i in range(n):
-            if not np.isfinite(largest[i]):
-                scales[i] = np.nan
-        write_tile(x, geometry, start, offsets, n, out, out_offsets, largest, scales, is_log, scratch)
 
     return do_tile
 
 
-softmax_rows = make_kernel("softmax_rows", _softmax(rows.max_shift_tile, rows.write_tile))
-softmax_planes = make_kernel("softmax_planes", _softmax(planes.max_shift_tile, planes.write_tile))
+@subroutine
+def _join(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
+    """The maximum and the scale of each row, into the record of its first chunk."""
+    largest, scales = scratch.narrow[0], scratch.narrow[1]
+    start, n = tiles.tile_bounds(geometry, tile)
+    _find_scales(x, geometry, start, scratch.places[0], n, rows.joined_max_shifts, scratch)
+    for i in range(n):
+        at = record_at(geometry, start + i, 0, 4)
+        scratch.records[at] = largest[i]
+        scratch.records[at + 1] = scales[i]
+
+
+def _write_pieces(write_tile, size):
+    """The part of :func:`_softmax` that writes, piece by piece, given what :func:`_join` has found."""
+
+    @subroutine
+    def do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
+        offsets, out_offsets = scratch.places[0], scratch.places[1]
+        largest, scales = scratch.narrow[0], scratch.narrow[1]
+        start, n, begin, end = piece_bounds(geometry, tile, size)
+        tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
+        tiles.row_offsets(geometry, tiles.SECOND, start, n, out_offsets)
+        for i in range(n):
+            at = record_at(geometry, start + i, 0, 4)
+            largest[i] = scratch.records[at]
+            scales[i] = scratch.records[at + 1]
+        is_log = geometry[tiles.IS_LOG] != 0
+        write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, largest, scales, is_log, scratch)
+
+    return do_tile
+
+
+def _make_softmax():
+    """The kernels for contiguous and for strided classes."""
+    kernels = []
+    join = make_kernel("softmax_join", _join, has_records=True)
+    for module, kind in ((rows, "rows"), (planes, "planes")):
+        do_piece = max_shift_pieces(module.max_shift_pieces, module.PIECE, logits_alone, is_exact=True)
+        pieces = make_kernel(f"softmax_{kind}_pieces", do_piece, has_records=True)
+        do_write = _write_pieces(module.write_tile, module.PIECE)
+        write = make_kernel(f"softmax_{kind}_write", do_write, has_records=True)
+        split = Split(pieces, module.PIECE, 4, join, write)
+        kernels.append(make_kernel(f"softmax_{kind}", _softmax(module.max_shift_tile, module.write_tile), split=split))
+    return kernels
+
+
+softmax_rows, softmax_planes = _make_softmax()

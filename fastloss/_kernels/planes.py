@@ -32,8 +32,8 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference, exp_falling, exp_falling_difference
-from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, GROUP, STAGED_ROWS, group_size
-from fastloss._kernels.rows import finite_shift, gather_targets, merge, target_term
+from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, GROUP, STAGED_ROWS, group_size, record_at
+from fastloss._kernels.rows import finite_shift, gather_targets, merge, put_record, target_term
 
 # A tile's rows of one class are a run of some hundred bytes, of which the CPU's own prefetcher learns too late: while a
 # tile is read, the same classes of the next are asked for in the second-level cache, and where the terms are summed at
@@ -63,6 +63,10 @@ AHEAD_ROWS = 1024
 # How many bytes ahead contiguous rows of few classes are asked for, in the second-level cache. The CPU's own prefetcher
 # falls behind: without, 5,000,000 x 2 takes 1.4 times as long, 1,000,000 x 10 and 8 x 512 x 512 x 21 1.3 times.
 AHEAD_CONTIGUOUS = 16384
+
+
+# Classes of a piece of a tile whose rows are long.
+PIECE = CHUNK
 
 
 @inline
@@ -338,8 +342,7 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, 
     n_lanes, n_doubles = lanes(like), lanes(0.0)
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     width = tiles.scratch_width(geometry)
-    sums, stage, near = scratch.sums[0], scratch.stage, scratch.near
-    total, chunk_total = scratch.wide[0], scratch.wide[1]
+    stage, near = scratch.stage, scratch.near
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     if n_classes <= 2 * n_lanes:
@@ -367,11 +370,33 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, 
             )
         return
     gather_targets(x, offsets, stride, n, targets, shifts)
+    total = _target_classes(
+        x, geometry, start, offsets, n, 0, n_classes, shifts, scratch, kept, kept_offsets, kept_stride
+    )
+    for slot in range(0, n_slots, n_lanes):
+        row = row_of(slot, n, n_lanes)
+        for i in range(0, n_lanes, n_doubles):
+            store(rest, row + i, load(total, slot + i, 0.0))
+
+
+@inline
+def _target_classes(x, geometry, start, offsets, n, begin, end, shifts, scratch, kept, kept_offsets, kept_stride):
+    """:func:`target_tile` of the classes ``begin .. end``, whole chunks, of more than two to a lane; the sums in
+    float64, by slot.
+    """
+    like = shifts[0]
+    n_lanes = lanes(like)
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    width = tiles.scratch_width(geometry)
+    sums, stage, near = scratch.sums[0], scratch.stage, scratch.near
+    total, chunk_total = scratch.wide[0], scratch.wide[1]
+    n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
+    direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     total[:n_slots] = 0.0
-    for chunk in range(0, n_classes, CHUNK):
+    for chunk in range(begin, end, CHUNK):
         chunk_total[:n_slots] = 0.0
-        for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
-            high = min(low + BLOCK, n_classes)
+        for low in range(chunk, min(chunk + CHUNK, end), BLOCK):
+            high = min(low + BLOCK, end)
             if kept is None:
                 _target_block(
                     x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage, None
@@ -384,10 +409,19 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, 
                     _unstage_classes(scratch.kept, kept, kept_offsets, n, kept_stride, low, high, width)
             _add_block(chunk_total, sums, n_slots)
         _add_block(total, chunk_total, n_slots)
-    for slot in range(0, n_slots, n_lanes):
+    return total
+
+
+@inline
+def target_pieces(x, geometry, start, offsets, n, begin, end, targets, shifts, scratch):
+    """The sums of :func:`target_tile` over a chunk of the classes, ``begin .. end``, into the records."""
+    n_lanes = lanes(shifts[0])
+    gather_targets(x, offsets, tiles.class_stride(geometry, tiles.INPUT), n, targets, shifts)
+    total = _target_classes(x, geometry, start, offsets, n, begin, end, shifts, scratch, None, offsets, 0)
+    for slot in range(0, n, n_lanes):
         row = row_of(slot, n, n_lanes)
-        for i in range(0, n_lanes, n_doubles):
-            store(rest, row + i, load(total, slot + i, 0.0))
+        for i in range(row, min(row + n_lanes, n)):
+            scratch.records[record_at(geometry, start + i, begin, 1)] = total[slot + i - row]
 
 
 @subroutine
@@ -525,6 +559,50 @@ def max_shift_tile(
 ):
     """Of each row, the maximum, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass; see
     :func:`fastloss._kernels.rows.max_shift_row`.
+    """
+    _max_shift_classes(
+        x, geometry, start, offsets, n, 0, geometry[tiles.N_CLASSES], y, y_offsets, weight, keep, spread, exact,
+        largest, rest, moment, mass, scratch,
+    )  # fmt: skip
+
+
+@inline
+def max_shift_pieces(
+    x, geometry, start, offsets, n, begin, end, y, y_offsets, weight, keep, spread, exact, like, scratch
+):
+    """:func:`max_shift_tile` of a chunk of the classes, ``begin .. end``, into the records."""
+    largest, rest, moment, mass = scratch.narrow[0], scratch.wide[4], scratch.wide[5], scratch.wide[6]
+    _max_shift_classes(
+        x, geometry, start, offsets, n, begin, end, y, y_offsets, weight, keep, spread, exact,
+        largest, rest, moment, mass, scratch,
+    )  # fmt: skip
+    for i in range(n):
+        at = record_at(geometry, start + i, begin, 4)
+        put_record(scratch.records, at, largest[i], rest[i], moment[i], mass[i])
+
+
+@inline
+def _max_shift_classes(
+    x,
+    geometry,
+    start,
+    offsets,
+    n,
+    begin,
+    end,
+    y,
+    y_offsets,
+    weight,
+    keep,
+    spread,
+    exact,
+    largest,
+    rest,
+    moment,
+    mass,
+    scratch,
+):
+    """:func:`max_shift_tile` of the classes ``begin .. end``, whole chunks.
 
     Passes over memory: one, which finds the maxima of a group of classes and leaves a copy of it in the second-level
     cache (where the planes themselves, a power of two apart, would share a few of its sets). The copy is summed a
@@ -567,14 +645,14 @@ def max_shift_tile(
         rest[i] = 0.0
         moment[i] = 0.0
         mass[i] = 0.0
-    for chunk in range(0, n_classes, CHUNK):
+    for chunk in range(begin, end, CHUNK):
         for slot in range(n_slots):
             chunk_largest[slot] = -np.inf
             chunk_rest[slot] = 0.0
             chunk_ties[slot] = 0.0
             chunk_moment[slot] = 0.0
             chunk_mass[slot] = 0.0
-        chunk_end = min(chunk + CHUNK, n_classes)
+        chunk_end = min(chunk + CHUNK, end)
         for group in range(chunk, chunk_end, size):
             group_end = min(group + size, chunk_end)
             if is_known:
@@ -585,8 +663,8 @@ def max_shift_tile(
                     x, offsets, n, group, group_end, n_classes, stride, direct, width, stage, slot_step, class_step,
                     group_largest,
                 )  # fmt: skip
-            is_known = direct and group_end < n_classes
-            ahead_end = n_classes - size if is_known else np.int64(0)
+            is_known = direct and group_end < end
+            ahead_end = end - size if is_known else np.int64(0)
             for slot in range(0, n_slots, n_lanes):
                 store(next_largest, slot, lowest)
             for slot in range(0, n_slots, n_lanes):
@@ -650,19 +728,18 @@ def max_shift_tile(
 
 
 @inline
-def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, scratch):
-    """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
+def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shifts, scales, is_log, scratch):
+    """Write exp(x - shift) * scale, or x - shift - scale, for the classes ``begin .. end`` of each row of a tile."""
     stage, out_stage = scratch.stage, scratch.out_stage
     like = shifts[0]
     n_lanes = lanes(like)
-    n_classes = geometry[tiles.N_CLASSES]
     stride, out_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.SECOND)
     width = tiles.scratch_width(geometry)
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     out_direct = is_direct(geometry, tiles.SECOND, start, n, n_lanes)
-    for low in range(0, n_classes, BATCH):
-        high = min(low + BATCH, n_classes)
+    for low in range(begin, end, BATCH):
+        high = min(low + BATCH, end)
         if not direct:
             stage_classes(x, offsets, n, stride, low, high, width, stage, like)
         for c in range(low, high):

@@ -4,7 +4,7 @@ Order of addition, the same in :mod:`fastloss._kernels.planes`, so that a row ha
 a block of :data:`BLOCK` classes, class c is added to lane c modulo the number of lanes (the last classes of the row,
 where they do not fill a vector, to the last lanes; see :func:`tail`), in the compute type. The lanes are folded by
 halves. The block sums are added in float64 within a chunk of :data:`CHUNK` classes, and the chunk sums in float64; a
-chunk is the piece of a long row that a thread takes.
+chunk is the least piece of a long row that a thread takes.
 
 Accuracy: a lane adds at most 16 float32 terms, so that a row's sum is within about 1e-6 of the exact one in the worst
 case and 1e-7 in practice, for any number of classes.
@@ -32,7 +32,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_and_difference, exp_falling, exp_falling_difference
-from fastloss._kernels.driver import BLOCK, CHUNK, group_size
+from fastloss._kernels.driver import BLOCK, CHUNK, group_size, record_at
 
 # How far ahead of the loads memory is asked for, in bytes. The CPU's own prefetcher starts anew with every page of 4
 # KiB; without this, 65,536 x 1000 takes 1.3 times as long (2 KiB and 8 KiB ahead: within 4 % of this).
@@ -105,18 +105,20 @@ def _block_of(x, offset, stride, low, high, n_classes, n_lanes, stage):
 
 
 @inline
-def target_row(x, offset, stride, n_classes, target, shift, stage, kept, kept_offset, kept_stride, kept_stage):
-    """Sum exp(x[c] - shift) over all classes but the target, in float64.
+def target_row(
+    x, offset, stride, begin, end, n_classes, target, shift, stage, kept, kept_offset, kept_stride, kept_stage
+):
+    """Sum exp(x[c] - shift) over the classes ``begin .. end``, whole chunks, but the target, in float64.
 
     All of them, the target's own included, are written to ``kept``, if that is an array.
     """
     total = 0.0
     kept_directly = kept_stride == 1 and n_classes >= lanes(shift)
-    for chunk in range(0, n_classes, CHUNK):
+    for chunk in range(begin, end, CHUNK):
         chunk_total = 0.0
         block_total = splat(scalar(0.0, shift))
-        for low in range(chunk, min(chunk + CHUNK, n_classes), BLOCK):
-            high = min(low + BLOCK, n_classes)
+        for low in range(chunk, min(chunk + CHUNK, end), BLOCK):
+            high = min(low + BLOCK, end)
             held = block_total
             source, origin = _block_of(x, offset, stride, low, high, n_classes, lanes(shift), stage)
             if kept is None:
@@ -294,18 +296,19 @@ def _sum_group(
 
 @inline
 def _max_shift_row(
-    x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, known, to_next, stages
+    x, offset, stride, begin, end, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, known, to_next, stages
 ):
-    """:func:`max_shift_row`, given the maximum of the first group, ``known`` (or NaN). Where the row is one group and
-    ``to_next`` is not 0, also the maximum of the row that lies ``to_next`` behind it (else NaN).
+    """:func:`max_shift_row` of the classes ``begin .. end``, whole chunks, given the maximum of the first group,
+    ``known`` (or NaN). Also the maximum of the group behind them, or, where the row is one group and ``to_next`` is not
+    0, of the row that lies ``to_next`` behind it, or NaN.
     """
     like = known
     n_lanes = lanes(like)
     in_place = stride == 1 and n_classes >= n_lanes
     size = group_size(n_classes)
     largest, rest, moment, mass = scalar(-np.inf, like), 0.0, 0.0, 0.0
-    for low in range(0, n_classes, CHUNK):
-        high = min(low + CHUNK, n_classes)
+    for low in range(begin, end, CHUNK):
+        high = min(low + CHUNK, end)
         chunk_largest = scalar(-np.inf, like)
         chunk_rest, chunk_ties, chunk_moment, chunk_mass = 0.0, 0.0, 0.0, 0.0
         for group in range(low, high, size):
@@ -332,7 +335,7 @@ def _max_shift_row(
             known = ahead_largest if ahead != 0 else scalar(np.nan, like)
         if chunk_largest > -np.inf:
             chunk_rest += chunk_ties - 1.0
-        if low == 0:
+        if low == begin:
             largest, rest, moment, mass = chunk_largest, chunk_rest, chunk_moment, chunk_mass
         else:
             largest, rest, moment, mass = merge(
@@ -355,7 +358,7 @@ def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, k
     """
     nan = scalar(np.nan, like)
     found = _max_shift_row(
-        x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, nan, np.int64(0), stages
+        x, offset, stride, 0, n_classes, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, nan, 0, stages
     )
     return found[0], found[1], found[2], found[3]
 
@@ -384,7 +387,7 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, 
     for i in range(n):
         if targets[i] >= 0:
             rest[i] = target_row(
-                x, offsets[i], stride, n_classes, targets[i], shifts[i], scratch.stage,
+                x, offsets[i], stride, 0, n_classes, n_classes, targets[i], shifts[i], scratch.stage,
                 kept, kept_offsets[i], kept_stride, scratch.out_stage,
             )  # fmt: skip
 
@@ -416,9 +419,103 @@ def max_shift_tile(
     for i in range(n):
         to_next = offsets[i + 1] - offsets[i] if i + 1 < n else np.int64(0)
         largest[i], rest[i], moment[i], mass[i], known = _max_shift_row(
-            x, offsets[i], stride, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, exact, known, to_next,
-            stages,
+            x, offsets[i], stride, 0, n_classes, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, exact,
+            known, to_next, stages,
         )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- pieces of a long row
+
+
+# Classes of a piece: some chunks, in each of which the maximum of the next one's first group is found by the way.
+PIECE = 4 * CHUNK
+
+
+@inline
+def target_pieces(x, geometry, start, offsets, n, begin, end, targets, shifts, scratch):
+    """:func:`target_row` of the chunks of the classes ``begin .. end``, into the records."""
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    gather_targets(x, offsets, stride, n, targets, shifts)
+    for i in range(n):
+        if targets[i] >= 0:
+            for chunk in range(begin, end, CHUNK):
+                scratch.records[record_at(geometry, start + i, chunk, 1)] = target_row(
+                    x, offsets[i], stride, chunk, min(chunk + CHUNK, end), n_classes, targets[i], shifts[i],
+                    scratch.stage, None, offsets[i], 0, scratch.out_stage,
+                )  # fmt: skip
+
+
+@inline
+def joined_targets(x, geometry, start, offsets, n, targets, shifts, rest, scratch, kept, kept_offsets, kept_stride):
+    """:func:`target_tile` from the records."""
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    gather_targets(x, offsets, stride, n, targets, shifts)
+    for i in range(n):
+        if targets[i] >= 0:
+            total = 0.0
+            for chunk in range(0, n_classes, CHUNK):
+                total += scratch.records[record_at(geometry, start + i, chunk, 1)]
+            rest[i] = total
+
+
+@inline
+def put_record(records, at, largest, rest, moment, mass):
+    """Keep what is known of a chunk of a row."""
+    records[at] = largest
+    records[at + 1] = rest
+    records[at + 2] = moment
+    records[at + 3] = mass
+
+
+@inline
+def max_shift_pieces(
+    x, geometry, start, offsets, n, begin, end, y, y_offsets, weight, keep, spread, exact, like, scratch
+):
+    """:func:`max_shift_row` of the chunks of the classes ``begin .. end``, into the records."""
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
+    stages = (scratch.stage, scratch.other_stage)
+    for i in range(n):
+        known = scalar(np.nan, like)
+        for chunk in range(begin, end, CHUNK):
+            largest, rest, moment, mass, known = _max_shift_row(
+                x, offsets[i], stride, chunk, min(chunk + CHUNK, end), n_classes, y, y_offsets[i], y_stride, weight,
+                keep, spread, exact, known, 0, stages,
+            )  # fmt: skip
+            put_record(scratch.records, record_at(geometry, start + i, chunk, 4), largest, rest, moment, mass)
+
+
+@inline
+def joined_max_shifts(
+    x,
+    geometry,
+    start,
+    offsets,
+    n,
+    y,
+    y_offsets,
+    weight,
+    keep,
+    spread,
+    exact,
+    largest,
+    rest,
+    moment,
+    mass,
+    scratch,
+):
+    """:func:`max_shift_tile` from the records."""
+    records, like = scratch.records, largest[0]
+    for i in range(n):
+        for chunk in range(0, geometry[tiles.N_CLASSES], CHUNK):
+            at = record_at(geometry, start + i, chunk, 4)
+            found = scalar(records[at], like), records[at + 1], records[at + 2], records[at + 3]
+            if chunk > 0:
+                found = merge(largest[i], rest[i], moment[i], mass[i], found[0], found[1], found[2], found[3])
+            largest[i], rest[i], moment[i], mass[i] = found
+
+
+# ------------------------------------------------------------------------------------------------------- outputs
 
 
 @inline
@@ -438,8 +535,8 @@ def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale,
 
 
 @inline
-def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales, is_log, scratch):
-    """Write exp(x - shift) * scale, or x - shift - scale, for each row of a tile."""
+def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shifts, scales, is_log, scratch):
+    """Write exp(x - shift) * scale, or x - shift - scale, for the classes ``begin .. end`` of each row of a tile."""
     stage, out_stage = scratch.stage, scratch.out_stage
     like = shifts[0]
     n_lanes = lanes(like)
@@ -447,13 +544,13 @@ def write_tile(x, geometry, start, offsets, n, out, out_offsets, shifts, scales,
     stride, out_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.SECOND)
     direct = out_stride == 1 and n_classes >= n_lanes
     for i in range(n):
-        for low in range(0, n_classes, BLOCK):
-            high = min(low + BLOCK, n_classes)
+        for low in range(begin, end, BLOCK):
+            high = min(low + BLOCK, end)
             source, origin = _block_of(x, offsets[i], stride, low, high, n_classes, n_lanes, stage)
-            begin = max(0, min(low, high - n_lanes))
+            first = max(0, min(low, high - n_lanes))
             sink = out if direct else out_stage
-            sink_origin = -out_offsets[i] if direct else begin
+            sink_origin = -out_offsets[i] if direct else first
             _write_block(source, origin, sink, sink_origin, low, high, n_classes, shifts[i], scales[i], is_log, like)
             if not direct:
                 for c in range(low, high):
-                    out[out_offsets[i] + c * out_stride] = out_stage[c - begin]
+                    out[out_offsets[i] + c * out_stride] = out_stage[c - first]

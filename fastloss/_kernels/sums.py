@@ -10,9 +10,9 @@ negative or exceed 2**32 for a while (an int64 has room for 2**30 additions) unt
 
 Adding one number to the accumulator takes some 5 ns; a block of them costs under 1 ns each by the pre-rounding method
 of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64, 2015), see :func:`add_block`. A kernel
-that makes a value per element adds them as they are made, in registers, by :func:`grids`, :func:`no_sums`,
-:func:`add_vector` and :func:`add_sums`, with an exponent guessed from the block before: any that fits gives the same
-sum, because the sum is exact, and whether it fits is seen at the end.
+that makes a value per element adds them as they are made, in registers, by the functions of :data:`NARROW` or
+:data:`WIDE` grids, with an exponent guessed from the block before: any that fits gives the same sum, because the sum is
+exact, and whether it fits is seen at the end.
 """
 
 import math
@@ -168,19 +168,19 @@ def _add_vector32(v, sums, grids):
 
 
 @inline
-def _add_lanes(state, lanes_, half, grid):
-    """Add the sum of integer lanes of ``2 * half`` bits, which may not hold it, on a grid."""
+def _halves_sums(lanes_, half):
+    """The sums of the upper and of the lower ``half`` bits of integer lanes, which may not hold the sum of both."""
     like = first_lane(from_bits(lanes_))
     places, low = splat(integer_like(half, like)), splat(integer_like((1 << half) - 1, like))
-    _add_integer(state, np.int64(tree_sum(lanes_ >> places)), grid + half)
-    _add_integer(state, np.int64(tree_sum(lanes_ & low)), grid)
+    return np.int64(tree_sum(lanes_ >> places)), np.int64(tree_sum(lanes_ & low))
 
 
 @inline
 def _add_sum32(state, total, grid, n_vectors):
     """Add the sum of the bits of ``n_vectors`` vectors on a grid, less the constant's, modulo 2**32."""
     constant = (n_vectors * (((grid + 23 + 127) << 1) | 1) & 0x3FF) << 22
-    _add_lanes(state, total - splat(integer_like(constant, np.float32(0))), 16, grid)
+    high, low = _halves_sums(total - splat(integer_like(constant, np.float32(0))), 16)
+    _add_integer(state, (high << 16) + low, grid)
 
 
 @inline
@@ -265,7 +265,9 @@ def _add_sum64(state, total, grid, n_vectors):
     """As :func:`_add_sum32`, modulo 2**64."""
     constant = n_vectors * (((grid + 52 + 1023) << 1) | 1) & 0x1FFF
     constant = ((constant ^ 0x1000) - 0x1000) << 51
-    _add_lanes(state, total - splat(np.int64(constant)), 32, grid)
+    high, low = _halves_sums(total - splat(np.int64(constant)), 32)
+    _add_integer(state, high, grid + 32)
+    _add_integer(state, low, grid)
 
 
 @inline

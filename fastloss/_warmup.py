@@ -2,7 +2,8 @@
 
 What is compiled: every function of the package (``cross_entropy`` with indices, with label smoothing and with
 probabilities, ``nll_loss``, ``kl_div``, ``softmax``, ``log_softmax``, ``logsumexp``) for float32, and for other dtypes
-if asked, for contiguous classes and for the strided or few ones, serially and in parallel.
+if asked, for contiguous classes and for the strided or few ones, serially and in parallel, and for long rows of
+contiguous classes, which threads share.
 """
 
 import contextlib
@@ -22,27 +23,31 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 _ALWAYS_SERIAL = 1 << 62  # elements: no call has as many
 
-# Rows and classes: contiguous classes, and few; rows enough for several tiles, that is for threads.
-_SHAPES = ((4096, 64), (4096, 8))
+# Rows and classes: contiguous classes, and few, with rows enough for several tiles, that is for threads; one long row.
+_SHAPES = {
+    "contiguous classes": (4096, 64),
+    "few or strided classes": (4096, 8),
+    "a long row": (1, 1 << 18),
+}
 
 
 def calls(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """A name for each piece of work, and the call that compiles it."""
-    for n_rows, n_classes in _SHAPES:
+    for kind, (n_rows, n_classes) in _SHAPES.items():
         logits = np.zeros((n_rows, n_classes), np.float32)
         if dtype == "bfloat16":
             x = logits.astype(importlib.import_module("ml_dtypes").bfloat16)
         else:
             x = logits.astype(dtype)
         classes = np.zeros(n_rows, np.int64)
-        where = f"{dtype}, {'contiguous classes' if n_classes > 32 else 'few or strided classes'}"
+        where = f"{dtype}, {kind}"
         loss, smoothed = fastloss.cross_entropy, partial(fastloss.cross_entropy, label_smoothing=0.1)
         yield f"cross_entropy, {where}", partial(loss, x, classes)
         yield f"cross_entropy with smoothing, {where}", partial(smoothed, x, classes)
         yield f"cross_entropy with probabilities, {where}", partial(loss, x, x)
         yield f"softmax and log_softmax, {where}", partial(fastloss.softmax, x)
         yield f"logsumexp, {where}", partial(fastloss.logsumexp, x, 1)
-        if n_classes > 32:
+        if kind == "contiguous classes":
             yield f"nll_loss, {dtype}", partial(fastloss.nll_loss, x, classes)
             yield f"kl_div, {dtype}", partial(fastloss.kl_div, x, x, reduction="sum")
 

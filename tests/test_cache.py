@@ -227,6 +227,11 @@ with event.install_recorder("numba:compile") as compiled:
         fastloss.nll_loss(x[:n], t[:n])
         fastloss.kl_div(x[:n], x[:n], reduction="none")
         fastloss.softmax(x[:n]), fastloss.log_softmax(x[:n], 0), fastloss.logsumexp(x[:n])
+    row, t = np.ones((1, 400_000), np.float32), t[:1]
+    fastloss.cross_entropy(row, t)
+    fastloss.cross_entropy(row, t, label_smoothing=0.5)
+    fastloss.cross_entropy(row, row)
+    fastloss.softmax(row), fastloss.log_softmax(row), fastloss.logsumexp(row)
 print(len(compiled.buffer))
 """
     assert run(None, code=code) == "0\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import references
+import scipy.special
 
 import fastloss
 from fastloss import _runtime
@@ -21,16 +22,20 @@ LENGTHS = (8192, 8193, 20_000, 128_256, 1_000_003)
 PLANES = ((9, 8193), (20, 20_000), (300, 8200))
 
 
-def layouts(x):
-    """The same rows contiguous, between others, with a stride along the classes, in Fortran order, upside down."""
+def layouts(x, is_plain):
+    """The same rows contiguous, in Fortran order, and those of a plain problem between others, with a stride along the
+    classes, and upside down.
+    """
     yield "contiguous", np.ascontiguousarray(x)
+    yield "Fortran", np.asfortranarray(x)
+    if not is_plain:
+        return
     wide = np.zeros((2 * len(x), x.shape[1]), x.dtype)
     wide[::2] = x
     yield "every other row", wide[::2]
     wide = np.zeros((len(x), 2 * x.shape[1]), x.dtype)
     wide[:, ::2] = x
     yield "every other class", wide[:, ::2]
-    yield "Fortran", np.asfortranarray(x)
     yield "backwards", np.ascontiguousarray(x[::-1, ::-1])[::-1, ::-1]
 
 
@@ -43,7 +48,7 @@ def problems():
         t = rng.integers(0, n_classes, n_rows)
         t[0] = n_classes - 1
         yield f"{x.shape}", x, t
-        if (n_classes < 20_000 and n_rows < 9) or n_classes == LENGTHS[-1]:
+        if (n_classes < 20_000 and n_rows < 9) or n_rows == 2 or n_classes == LENGTHS[-1]:
             continue
         late = n_classes // 8192 * 8192  # the last chunk
         for name, value, where in (
@@ -104,7 +109,7 @@ def bits():
             if dtype != np.float32 and not (is_plain and len(x) < 9):
                 continue
             values = x.astype(dtype)
-            for layout, view in layouts(values):
+            for layout, view in layouts(values, is_plain):
                 if layout != "contiguous" and (dtype == np.float16 or x.shape[1] == LENGTHS[-1]):
                     continue
                 got = [hashed(result) for result in results(view, t)]
@@ -127,9 +132,9 @@ def bits_with(n_threads):
 def test_any_number_of_threads():
     expected, n_split = bits_with(1)
     assert not n_split
-    for n_threads in (2, 3, 4):
+    for n_threads in (2, 4):
         found, n_split = bits_with(n_threads)
-        assert n_split > 1000
+        assert n_split > 500
         assert found == expected, n_threads
 
 
@@ -146,42 +151,44 @@ def relative_error(got, expected):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-6), (np.float64, 1e-13)])
-@pytest.mark.parametrize("shape", [(2, 40_000), (9, 8200)])
+@pytest.mark.parametrize("shape", [(1, 33_000), (8, 8200)])
 def test_values(shape, dtype, tolerance, rng, shared):
     x = (rng.normal(size=shape) * 4).astype(dtype)
     x[0, :8192] = -INF
     t = rng.integers(8192, x.shape[1], len(x))
     y = rng.random(x.shape).astype(dtype)
     y[0], weight = np.where(x[0] == -INF, 1e-9, y[0]), np.linspace(0.5, 2, x.shape[1])
-    finite = np.maximum(x, -20)
-    for order in "CF":
-        x, finite = np.asarray(x, order=order), np.asarray(finite, order=order)
-        assert relative_error(fastloss.logsumexp(x, 1), references.logsumexp(x, 1)) < tolerance
-        for options in ({}, {"weight": weight}, {"reduction": "sum"}, {"reduction": "none"}):
-            expected = references.cross_entropy(x, t, **options)
-            assert relative_error(fastloss.cross_entropy(x, t, **options), expected) < tolerance
-        options = {"weight": weight, "label_smoothing": 0.1}
-        expected = references.cross_entropy(finite, t, **options)
-        assert relative_error(fastloss.cross_entropy(finite, t, **options), expected) < tolerance
-        expected = references.cross_entropy_probabilities(finite, y, **options)
-        assert relative_error(fastloss.cross_entropy(finite, y, **options), expected) < tolerance
-        assert relative_error(fastloss.softmax(finite, 1), references.softmax(finite, 1)) < tolerance
-        assert relative_error(fastloss.log_softmax(finite, 1), references.log_softmax(finite, 1)) < tolerance
+    finite, smoothed = np.maximum(x, -20), {"weight": weight, "label_smoothing": 0.1}
+    for function, reference, logits, target, options in (
+        (fastloss.logsumexp, references.logsumexp, x, 1, {}),
+        (fastloss.cross_entropy, references.cross_entropy, x, t, {"weight": weight, "reduction": "sum"}),
+        (fastloss.cross_entropy, references.cross_entropy, x, t, {"reduction": "none"}),
+        (fastloss.cross_entropy, references.cross_entropy, finite, t, smoothed),
+        (fastloss.cross_entropy, references.cross_entropy_probabilities, finite, y, smoothed),
+        (fastloss.softmax, references.softmax, finite, 1, {}),
+        (fastloss.log_softmax, references.log_softmax, finite, 1, {}),
+    ):
+        expected = reference(logits, target, **options)
+        for order in "CF":
+            got = function(np.asarray(logits, order=order), target, **options)
+            assert relative_error(got, expected) < tolerance
 
 
-def test_special_values(rng, shared):
-    for n_rows, n_classes in ((1, 40_000), (9, 8200)):
-        for at in (0, n_classes - 1):
-            for value in (-INF, INF, NAN, 200.0):
-                x = rng.normal(size=(n_rows, n_classes)).astype(np.float32)
-                x[0, at] = value
-                for target in (0, n_classes - 1):
-                    if value == 200 and target == at:  # the loss is no float32
-                        continue
-                    t = np.full(n_rows, target)
-                    expected = references.cross_entropy(x, t, reduction="none")
-                    np.testing.assert_allclose(fastloss.cross_entropy(x, t, reduction="none"), expected, rtol=2e-6)
-                np.testing.assert_allclose(fastloss.logsumexp(x, 1), references.logsumexp(x, 1), rtol=2e-6)
+@pytest.mark.parametrize("value", [-INF, INF, NAN, 200.0])
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(1, 40_000), (9, 8200)])
+def test_special_values(rng, shared, n_rows, n_classes, value):
+    """In the first or the last chunk; the expected values in float64, whose own error is far below the tolerance."""
+    for at in (0, n_classes - 1):
+        x = rng.normal(size=(n_rows, n_classes)).astype(np.float32)
+        x[0, at] = value
+        log_sums = scipy.special.logsumexp(x.astype(float), axis=1)
+        np.testing.assert_allclose(fastloss.logsumexp(x, 1), log_sums, rtol=2e-6)
+        for target in (0, n_classes - 1):
+            if value == 200 and target == at:  # the loss is no float32
+                continue
+            expected = np.where(log_sums < INF, log_sums, NAN) - x[:, target]
+            got = fastloss.cross_entropy(x, np.full(n_rows, target), reduction="none")
+            np.testing.assert_allclose(got, expected, rtol=2e-6)
 
 
 def test_targets_out_of_range(shared):

@@ -362,18 +362,21 @@ def load(typingctx, array, index, like):
 
 @intrinsic
 def copy(typingctx, array, index, source, at, like):
-    """Copy ``lanes(like)`` elements, as they are, from one array to another of its dtype."""
-    count = Vector.of(like).count
+    """Copy ``lanes(like)`` elements, as they are, from one array to another of its dtype; what :func:`load` gives of
+    them.
+    """
+    vector = Vector.of(like)
 
     def codegen(context, builder, sig, args):
         value = builder.load(
-            _element_pointer(context, builder, source, args[2], args[3], count), align=source.dtype.bitwidth // 8
+            _element_pointer(context, builder, source, args[2], args[3], vector.count),
+            align=source.dtype.bitwidth // 8,
         )
-        pointer = _element_pointer(context, builder, array, args[0], args[1], count)
+        pointer = _element_pointer(context, builder, array, args[0], args[1], vector.count)
         builder.store(value, pointer, align=array.dtype.bitwidth // 8)
-        return context.get_dummy_value()
+        return _convert(builder, value, source.dtype, vector, _has_half_conversion(context))
 
-    return types.void(array, types.int64, source, types.int64, like), codegen
+    return vector(array, types.int64, source, types.int64, like), codegen
 
 
 def _make_prefetch(locality):

@@ -101,6 +101,7 @@ def copy(array, index, source, at, like):
     if min(index, at) < 0 or index > len(array) - count or at > len(source) - count:
         raise IndexError("vector outside its array")
     array[index : index + count] = source[at : at + count]
+    return load(source, at, like)
 
 
 def prefetch(array, index, distance):

@@ -450,9 +450,8 @@ def _search_group(
             largest = load(group_largest, slot, like)
             for c in range(first, last):
                 staged = (slot * slot_step if direct else row) + (c - low) * class_step
-                if direct:
-                    copy(stage, staged, x, offsets[0] + c * stride + row, like)
-                v = load(stage, staged, like)
+                at = offsets[0] + c * stride + row
+                v = copy(stage, staged, x, at, like) if direct else load(stage, staged, like)
                 largest = where(v > largest, v, largest)
             store(group_largest, slot, largest)
 
@@ -477,8 +476,7 @@ def _copy_class(x, at, stage, staged, largest, n_ahead):
     """Copy a vector of rows of a class into ``stage``, and take it into the ``largest``, but for NaN."""
     like = first_lane(largest)
     prefetch_l2(x, at + n_ahead * lanes(like), 0)
-    copy(stage, staged, x, at, like)
-    v = load(x, at, like)
+    v = copy(stage, staged, x, at, like)
     return where(v > largest, v, largest)
 
 

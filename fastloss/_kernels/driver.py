@@ -34,8 +34,8 @@ GUESS, SECOND_GUESS, WIDE_TILES = 2 * STATE_SIZE + 2, 2 * STATE_SIZE + 3, 2 * ST
 NEXT_TASK = 2 * STATE_SIZE + 16
 LEDGER_SIZE = 2 * STATE_SIZE + 32
 
-# Classes whose terms are summed in the compute type before the sum goes to float64, and the piece of a long row that a
-# thread takes: see :mod:`fastloss._kernels.rows`.
+# Classes whose terms are summed in the compute type before the sum goes to float64, and the least piece of a long row
+# that a thread takes: see :mod:`fastloss._kernels.rows`.
 BLOCK = 256
 CHUNK = 8192
 

@@ -472,10 +472,10 @@ def _stage_block(y, offsets, n, low, high, stride, direct, width, stage, like):
 
 
 @inline
-def _copy_class(x, at, stage, staged, largest, n_ahead):
+def _copy_class(x, at, stage, staged, largest):
     """Copy a vector of rows of a class into ``stage``, and take it into the ``largest``, but for NaN."""
     like = first_lane(largest)
-    prefetch_l2(x, at + n_ahead * lanes(like), 0)
+    prefetch_l2(x, at + AHEAD_VECTORS * lanes(like), 0)
     v = copy(stage, staged, x, at, like)
     return where(v > largest, v, largest)
 
@@ -516,9 +516,8 @@ def _max_shift_lane(
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low + lane, high if is_short else end, n_lanes):
         if c < ahead_end:
-            ahead_largest = _copy_class(
-                x, ahead + c * stride, ahead_stage, staged + (c - group) * class_step, ahead_largest, AHEAD_VECTORS
-            )
+            at = staged + (c - group) * class_step
+            ahead_largest = _copy_class(x, ahead + c * stride, ahead_stage, at, ahead_largest)
         total, ties, moment, mass = _max_shift_term(
             stage, staged + (c - group) * class_step, shift, y_stage, (c - low) * width + y_staged, weight, c,
             keep, spread, exact, total, ties, moment, mass,
@@ -526,9 +525,8 @@ def _max_shift_lane(
     c = high - n_lanes + lane
     if c >= end and not is_short:
         if c < ahead_end:
-            ahead_largest = _copy_class(
-                x, ahead + c * stride, ahead_stage, staged + (c - group) * class_step, ahead_largest, AHEAD_VECTORS
-            )
+            at = staged + (c - group) * class_step
+            ahead_largest = _copy_class(x, ahead + c * stride, ahead_stage, at, ahead_largest)
         total, ties, moment, mass = _max_shift_term(
             stage, staged + (c - group) * class_step, shift, y_stage, (c - low) * width + y_staged, weight, c,
             keep, spread, exact, total, ties, moment, mass,

@@ -17,8 +17,6 @@ from fastloss._validation import Array, is_bfloat16, is_floating
 
 # Tiles of the kernels in rows, see tile_rows().
 TILE = 256
-TILE_OF_MANY = 512  # more classes than GROUP: longer runs of rows side by side in memory
-GROUP = 1024  # as in fastloss._kernels.driver, which imports Numba
 TILE_OF_FEW = 1024  # few classes: what is done once per tile shows (1,000,000 x 10 takes 1.2 times as long with 256)
 _MANY_ROWS = 8192  # for fewer rows, the scratch of so large a tile may be larger than the input
 _TILE_BYTES = 1 << 17
@@ -118,9 +116,6 @@ def tile_rows(n_rows: int, n_classes: int, in_rows: bool) -> int:
         return max(1, min(most, _TILE_BYTES // (4 * n_classes)))
     if n_classes <= FEW_CLASSES:
         return TILE_OF_FEW if n_rows >= _MANY_ROWS else most
-    if n_classes > GROUP and n_rows > TILE_OF_MANY:
-        n_tiles = -(-n_rows // TILE_OF_MANY)
-        return -(-n_rows // (16 * n_tiles)) * 16
     return most
 
 

@@ -222,10 +222,3 @@ class TestRepeatedSmallCalls:
         fastloss.cross_entropy(logits, np.zeros(32, int), ignore_index=1)
         with pytest.raises(TypeError, match="ignore_index"):
             fastloss.cross_entropy(logits, np.zeros(32, int), ignore_index=1.0)
-
-
-def test_a_group_of_classes_is_the_kernels_own():
-    """The number stands in both, since the kernels' module imports Numba."""
-    from fastloss._kernels import driver
-
-    assert _views.GROUP == driver.GROUP

@@ -40,8 +40,8 @@ BLOCK = 256
 CHUNK = 8192
 
 # Classes that are searched for a maximum at a time, before they are summed relative to it: some whole blocks, of which
-# a row fits into the first-level cache and a tile of planes into the second. Where a row has more than one group, they
-# are half as long, for a tile of planes to have twice as many rows.
+# a row fits into the first-level cache and a tile of planes into the second. Where a row has more than one group, each
+# is a block, for two of a tile of planes to fit: one that is summed, one that is copied.
 GROUP = 1024
 
 # Classes of a tile's rows that are copied into a stage at a time: with float32, a cache line of each row.
@@ -69,7 +69,7 @@ ANY_NUMBER = 1 << 40
 
 @inline
 def group_size(n_classes):
-    return np.int64(GROUP if n_classes <= GROUP else GROUP // 2)
+    return np.int64(GROUP if n_classes <= GROUP else BLOCK)
 
 
 @inline
@@ -94,7 +94,7 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
         n_staged = max(width, min(n_classes, group) + 2 * tiles.PADDING, of_few)
     else:
         n_values, n_lane_sums, n_out = 8, min(n_lanes, n_classes) * width, BATCH * width
-        n_staged = (min(max(BATCH, n_classes), GROUP) + 1) * width
+        n_staged = (max(BATCH, n_classes if n_classes <= GROUP else 2 * BLOCK) + 1) * width
         n_others = min(max(BATCH, n_classes), BLOCK) * width
     places = _padded(4 * width)
     wide = places + 24 * width

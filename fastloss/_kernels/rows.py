@@ -15,6 +15,7 @@ import numpy as np
 from fastloss._kernels import tiles
 from fastloss._kernels._jit import inline, subroutine
 from fastloss._kernels._simd import (
+    any_lane,
     first_lane,
     fma,
     integer_like,
@@ -32,7 +33,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_and_difference, exp_falling, exp_falling_difference
-from fastloss._kernels.driver import BLOCK, CHUNK, group_size, record_at
+from fastloss._kernels.driver import BLOCK, CHUNK, GROUP, group_size, record_at
 
 # How far ahead of the loads memory is asked for, in bytes. The CPU's own prefetcher starts anew with every page of 4
 # KiB; without this, 65,536 x 1000 takes 1.3 times as long (2 KiB and 8 KiB ahead: within 4 % of this).
@@ -256,24 +257,29 @@ def merge(largest, rest, moment, mass, other_largest, other_rest, other_moment, 
 
 
 @subroutine
-def _sum_group(
-    x, origin, ahead, low, high, n_classes, shift, y, y_offset, y_stride, weight, keep, spread, exact, y_stage,
+def _sum_blocks(
+    x, origin, ahead, low, high, n_classes, largest, y, y_offset, y_stride, weight, keep, spread, exact, y_stage,
     rest, moment, mass,
 ):  # fmt: skip
-    """Add the blocks of a group to the sums of its chunk, and count its ties; see :func:`_max_shift_block`. The largest
-    of the elements ``ahead`` places behind comes with them.
+    """Add the blocks from ``low`` on to the sums of their chunk, relative to its ``largest`` so far; see
+    :func:`_max_shift_block`. Up to ``high``, or, where a row has several groups, to before one with a larger class.
+    Returns the sums, the ties, the largest of the elements ``ahead`` places behind the last block, and where that ends.
 
     A function of its own, in which nothing else is called, keeps the constants of the exponential in registers: LLVM
     loads them anew for every vector otherwise (log-sum-exp of 65,536 x 1000 takes 1.2 times as long). A block's sums
     are folded after those of the next have been taken: a fold waits for the last exponential, and the CPU does not look
     far enough ahead to have other work meanwhile (1.04 times).
     """
-    zero = splat(scalar(0.0, shift))
-    ties, ahead_largest = zero, splat(scalar(-np.inf, shift))
+    shift = finite_shift(largest)
+    zero, lowest = splat(scalar(0.0, shift)), splat(scalar(-np.inf, shift))
+    ties, ahead_largest = zero, lowest
     s, a, m = zero, zero, zero
-    for block in range(low, high, BLOCK):
+    block = low
+    while block < high:
         end = min(block + BLOCK, high)
         held_s, held_a, held_m = s, a, m
+        if n_classes > GROUP:
+            ahead_largest = lowest
         if y is None:
             s, a, m, ties, ahead_largest = _max_shift_block(
                 x, origin, ahead, block, end, n_classes, shift, None, origin, weight, keep, spread, exact,
@@ -288,10 +294,13 @@ def _sum_group(
         rest += np.float64(tree_sum(held_s))
         moment += np.float64(tree_sum(held_a))
         mass += np.float64(tree_sum(held_m))
+        block = end
+        if n_classes > GROUP and any_lane(ahead_largest > splat(largest)):
+            break
     rest += np.float64(tree_sum(s))
     moment += np.float64(tree_sum(a))
     mass += np.float64(tree_sum(m))
-    return rest, moment, mass, np.float64(tree_sum(ties)), tree_max(ahead_largest)
+    return rest, moment, mass, np.float64(tree_sum(ties)), tree_max(ahead_largest), block
 
 
 @inline
@@ -311,7 +320,8 @@ def _max_shift_row(
         high = min(low + CHUNK, end)
         chunk_largest = scalar(-np.inf, like)
         chunk_rest, chunk_ties, chunk_moment, chunk_mass = 0.0, 0.0, 0.0, 0.0
-        for group in range(low, high, size):
+        group = low
+        while group < high:
             group_end = min(group + size, high)
             source, origin = _block_of(x, offset, stride, group, group_end, n_classes, n_lanes, stages[0])
             group_largest = known if known == known else _max_group(source, origin, group, group_end, n_classes, like)
@@ -321,17 +331,18 @@ def _max_shift_row(
                     chunk_ties = 0.0
                 chunk_moment += np.float64(group_largest - finite_shift(chunk_largest)) * chunk_mass
                 chunk_largest = group_largest
-            shift = finite_shift(chunk_largest)
             ahead = np.int64(0)
             if in_place and n_classes <= size:
                 ahead = to_next
             elif in_place and group + 2 * size <= n_classes:
+                # A group is a block, and so is the next one up to here.
                 ahead = size
-            chunk_rest, chunk_moment, chunk_mass, group_ties, ahead_largest = _sum_group(
-                source, origin, ahead, group, group_end, n_classes, shift, y, y_offset, y_stride, weight, keep, spread,
-                exact, stages[1], chunk_rest, chunk_moment, chunk_mass,
+                group_end = min(group + (n_classes - group) // size * size - size, high)
+            chunk_rest, chunk_moment, chunk_mass, ties, ahead_largest, group = _sum_blocks(
+                source, origin, ahead, group, group_end, n_classes, chunk_largest, y, y_offset, y_stride, weight, keep,
+                spread, exact, stages[1], chunk_rest, chunk_moment, chunk_mass,
             )  # fmt: skip
-            chunk_ties += group_ties
+            chunk_ties += ties
             known = ahead_largest if ahead != 0 else scalar(np.nan, like)
         if chunk_largest > -np.inf:
             chunk_rest += chunk_ties - 1.0
@@ -348,7 +359,7 @@ def _max_shift_row(
 def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, like, stages):
     """The maximum of a row, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass.
 
-    Method: one pass over memory. Each group of blocks is searched for a new maximum and then, from the first-level
+    Method: one pass over memory. Each group of classes is searched for a new maximum and then, from the first-level
     cache, summed with the largest value so far of its chunk as the shift; where that grew, what was summed before is
     scaled down. The chunks are joined from the first on.
 

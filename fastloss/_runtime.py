@@ -7,7 +7,7 @@
   that layer there are parallel regions only while the process has a single Python thread: nobody can come in between.
 * GNU OpenMP ends, or hangs, in a child forked after its threads have been started, by whatever library: such a child
   computes serially, and so does one forked after TBB was started. See :mod:`fastloss._forks` for the moment itself.
-* Threads take tiles of rows in turn; where there are few, of long rows, they take pieces of them.
+* Threads share the tiles of rows; where there are few, of long rows, they share pieces of them.
 * A kernel cannot be interrupted, so long calls are cut: Ctrl-C is answered between the cuts.
 * ``numba.set_num_threads`` is respected, and never called.
 """
@@ -25,8 +25,8 @@ import numpy as np
 from numba.np.ufunc import parallel as numba_threads
 
 from fastloss import _forks
-from fastloss._kernels.driver import CHUNK, LEDGER_SIZE, NEXT_TASK
-from fastloss._kernels.tiles import N_CLASSES, N_ROWS, N_TILES, TASK_TILES
+from fastloss._kernels.driver import CHUNK, LEDGER_SIZE
+from fastloss._kernels.tiles import FIRST_TILE, N_CLASSES, N_ROWS, N_TILES
 from fastloss._validation import Array
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ def run_tiles(
 ) -> Any:
     """Run a kernel of :mod:`fastloss._kernels.driver` over the tiles of a geometry.
 
-    Long calls in cuts, each some whole tasks: a geometry that ends early, and a ledger whose next task is the first.
-    What the ledger holds is exact, so the cuts leave no trace in the result.
+    Long calls in cuts, each some tiles of the geometry. What the ledger holds is exact, so the cuts leave no trace in
+    the result.
     """
     weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
     dtypes = x.dtype, y.dtype, weights, out.dtype
@@ -199,19 +199,16 @@ def run_typed(
         return _run_split(kernel.split, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
     if n_elements <= FIRST_CUT:
         return _run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
-    n_tiles, task = int(geometry[N_TILES]), int(geometry[TASK_TILES])
-    n_tasks = -(-n_tiles // task)
+    n_tiles = int(geometry[N_TILES])
     cut = geometry.copy()
     ledger = ledger if ledger.size else new_ledger()
-    begin, size = 0, max(num_threads(), FIRST_CUT * n_tasks // n_elements)
+    begin, size = 0, max(num_threads(), FIRST_CUT * n_tiles // n_elements)
     found = None
-    while begin < n_tasks:
+    while begin < n_tiles:
         started = time.perf_counter()
-        end = min(n_tasks, begin + size)
-        cut[N_TILES] = min(n_tiles, end * task)
-        ledger[0, NEXT_TASK] = begin
+        cut[FIRST_TILE], cut[N_TILES] = begin, min(size, n_tiles - begin)
         found = _run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, cut, keep, spread)
-        begin = end
+        begin += size
         elapsed = max(time.perf_counter() - started, 1e-6)
         size = max(1, int(size * min(CUT_SECONDS / elapsed, CUT_GROWTH)))
     return found
@@ -268,7 +265,6 @@ def _run_split(
     records = np.empty(int(geometry[N_ROWS]) * -(-n_classes // CHUNK) * split.n_values)
     pieces = geometry.copy()
     pieces[N_TILES] *= -(-n_classes // split.size)
-    pieces[TASK_TILES] = 1
     dtypes = *dtypes[:2], (dtypes[2], records.dtype), dtypes[3]
     weights = weight, records
     run_typed(split.pieces, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)

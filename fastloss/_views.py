@@ -20,10 +20,6 @@ TILE = 256
 TILE_OF_FEW = 1024  # few classes: what is done once per tile shows (1,000,000 x 10 takes 1.2 times as long with 256)
 _MANY_ROWS = 8192  # for fewer rows, the scratch of so large a tile may be larger than the input
 _TILE_BYTES = 1 << 17
-# Tiles that a thread takes at a time: what it asks for ahead of its loads is then mostly its own. No fewer than some
-# tasks, for the threads to end together.
-MAX_TASK = 16
-MIN_TASKS = 64
 # Up to this many classes, a contiguous class axis goes through the kernel for strided ones, 16 rows to a vector.
 FEW_CLASSES = 32
 # With fewer rows than this, a vector of rows would be mostly empty.
@@ -163,8 +159,7 @@ def geometry(
     tile = min(tile, -(-n_rows // 16) * 16)
     run = shape[-1] if shape[-1] >= _SHORT_RUN else n_rows
     n_tiles = n_rows // run * -(-run // tile)
-    task = max(1, min(MAX_TASK, n_tiles // MIN_TASKS))
-    table: list[int] = [n_rows, n_classes, tile, n_tiles, task, run, len(shape), *options, *shape]
+    table: list[int] = [n_rows, n_classes, tile, 0, n_tiles, run, len(shape), *options, *shape]
     for (origin, class_stride, _), steps in zip(places, strides, strict=True):
         table += [origin, class_stride, *steps]
     return np.array(table, np.int64)

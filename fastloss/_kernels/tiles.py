@@ -28,7 +28,7 @@ from fastloss._kernels._simd import (
     where,
 )
 
-N_ROWS, N_CLASSES, TILE_ROWS, N_TILES, TASK_TILES, RUN, N_AXES = range(7)
+N_ROWS, N_CLASSES, TILE_ROWS, FIRST_TILE, N_TILES, RUN, N_AXES = range(7)
 # Options: the kind of the targets, whether one of them is ignored and which, whether there are weights, what is wanted.
 TARGET_KIND, HAS_IGNORE, IGNORE_INDEX, IS_WEIGHTED, WANTS_ROWS, WANTS_SUM, IS_LOG = range(7, 14)
 HEADER = 14

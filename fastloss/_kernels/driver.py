@@ -47,7 +47,7 @@ GROUP = 1024
 # Classes of a tile's rows that are copied into a stage at a time: with float32, a cache line of each row.
 BATCH = 16
 
-# Rows of few classes that are staged at a time.
+# Rows of few classes that are staged at a time; there is room for twice as many.
 STAGED_ROWS = 64
 
 # The scratch of a thread.
@@ -90,7 +90,7 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
     n_lanes, group = lanes(out[0]), group_size(n_classes)
     if n_classes <= light * n_lanes:
         n_values, n_lane_sums, n_others, n_out = 2, 0, width, width
-        of_few = min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING)
+        of_few = 2 * min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING)
         n_staged = max(width, min(n_classes, group) + 2 * tiles.PADDING, of_few)
     else:
         n_values, n_lane_sums, n_out = 8, min(n_lanes, n_classes) * width, BATCH * width

@@ -33,7 +33,7 @@ from fastloss._kernels._simd import (
 )
 from fastloss._kernels._vecmath import exp, exp_difference, exp_falling, exp_falling_difference
 from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, GROUP, STAGED_ROWS, group_size, record_at
-from fastloss._kernels.rows import finite_shift, gather_targets, merge, put_record, target_term
+from fastloss._kernels.rows import add_term, finite_shift, gather_targets, merge, put_record, target_term
 
 # A tile's rows of one class are a run of some hundred bytes, of which the CPU's own prefetcher learns too late: while a
 # tile is read, the same classes of the next are asked for in the second-level cache, and where the terms are summed at
@@ -49,12 +49,12 @@ AHEAD_OF_MANY = 64
 # Classes that are searched for a maximum between a load and a store of the maxima so far.
 SEARCHED = 4
 
-# Up to this many classes the targets' logits are selected class by class, a vector of rows at a time; beyond, they are
-# loaded one by one.
-SELECTED = 16
+# How far ahead of rows of up to eight classes, which are read where they lie, memory is asked for, in bytes: 2 x 5 x 96
+# x 128 x 128 takes 1.15 times as long without, and with 1024.
+AHEAD_ROWS = 2048
 
-# How far ahead of rows of few classes memory is asked for, in bytes.
-AHEAD_ROWS = 1024
+# How many classes ahead of where some rows of few classes are copied theirs are asked for.
+AHEAD_CLASSES = 4
 
 # How many bytes ahead contiguous rows of few classes are asked for, in the second-level cache. The CPU's own prefetcher
 # falls behind: without, 5,000,000 x 2 takes 1.4 times as long, 1,000,000 x 10 and 8 x 512 x 512 x 21 1.3 times.
@@ -261,43 +261,66 @@ def _select_logit(source, at, step, n_classes, target, like):
     return logit
 
 
+@inline
+def _copy_rows(x, origin, next_origin, n_classes, stride, done, end, staged_rows, width, stage, like):
+    """Copy the classes ``done .. end`` of some rows that lie side by side from ``origin`` on into ``stage``; after the
+    last class, those from ``next_origin`` on are asked for.
+    """
+    n_lanes = lanes(like)
+    for c in range(done, end):
+        ahead = c + AHEAD_CLASSES
+        ahead = origin + ahead * stride if ahead < n_classes else next_origin + (ahead - n_classes) * stride
+        for slot in range(0, staged_rows, n_lanes):
+            row = row_of(slot, staged_rows, n_lanes)
+            prefetch_l2(x, ahead + row, 0)
+            copy(stage, c * width + row, x, origin + c * stride + row, like)
+
+
 @subroutine
-def _few_classes_tile(
-    x, offsets, n, n_classes, stride, direct, targets, near, row_numbers, shifts, rest, stage, kept, kept_step
-):
+def _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, rest, stage, kept, kept_step):
     """The case of :func:`target_tile` where a lane has at most two classes: a vector of rows at a time, summed in
     registers, in the order of the fold.
 
     Some rows at a time go through the stage, which then stays in the first-level cache: planes that lie a power of two
-    apart share its sets, and a vector that straddles two of its lines would be fetched twice.
+    apart share its sets, and a vector that straddles two of its lines would be fetched twice. Where rows lie side by
+    side, the next ones are copied while these are summed (8 x 21 x 512 x 512 takes 1.3 times as long one after the
+    other).
     """
     like = shifts[0]
     n_lanes = lanes(like)
     quarter, integer = n_lanes // 4, integer_like(0, like)
     in_place = direct and n_classes <= n_lanes // 2
+    is_copied = direct and not in_place
     staged_rows = min(STAGED_ROWS, n)
     width = (staged_rows + n_lanes - 1) // n_lanes * n_lanes + tiles.PADDING
-    tiles.count_up(row_numbers, staged_rows)
+    next_stage = stage[len(stage) // 2 :]
+    if is_copied:
+        next_at = offsets[min(staged_rows, n - staged_rows)]
+        _copy_rows(x, offsets[0], next_at, n_classes, stride, 0, n_classes, staged_rows, width, next_stage, like)
     for first in range(0, n, staged_rows):
         begin = min(first, n - staged_rows)
-        if not direct:
+        next_begin = min(first + staged_rows, n - staged_rows)
+        # (After the last rows of a tile those of the next follow.)
+        next_at, after_next = offsets[next_begin], offsets[next_begin] + staged_rows
+        done = np.int64(0) if is_copied and first + staged_rows < n else n_classes
+        if is_copied:
+            stage, next_stage = next_stage, stage
+        elif not direct:
             for line in range(0, staged_rows * n_classes * x.itemsize, CACHE_LINE):
                 prefetch_l2(x, offsets[begin], line + AHEAD_CONTIGUOUS)
             stage_classes(x, offsets[begin:], staged_rows, stride, 0, n_classes, width, stage, like)
-        elif not in_place:
-            for c in range(n_classes):
-                at = offsets[begin] + c * stride
-                for slot in range(0, staged_rows, n_lanes):
-                    row = row_of(slot, staged_rows, n_lanes)
-                    prefetch_l2(x, at + row, AHEAD_ROWS)
-                    copy(stage, c * width + row, x, at + row, like)
         source = x if in_place else stage
         step = stride if in_place else width
-        if n_classes > SELECTED:
-            gather_targets(stage, row_numbers, width, staged_rows, targets[begin:], shifts[begin:])
         for slot in range(0, staged_rows, n_lanes):
+            if done < n_classes:
+                share = min(n_classes * (slot + n_lanes) // staged_rows, n_classes)
+                _copy_rows(x, next_at, after_next, n_classes, stride, done, share, staged_rows, width, next_stage, like)
+                done = share
             row = row_of(slot, staged_rows, n_lanes)
             at = (offsets[begin] if in_place else 0) + row
+            if in_place:
+                for c in range(n_classes):
+                    prefetch_l2(x, at + c * stride, AHEAD_ROWS)
             target = load(near, begin + row, integer)
             if kept is None and n_classes == 2:
                 # The other class is the only one that is summed.
@@ -307,9 +330,8 @@ def _few_classes_tile(
                 store(shifts, begin + row, shift)
                 store(rest, begin + row, exp(where(is_first, second_class, first_class) - shift))
                 continue
-            if n_classes <= SELECTED:
-                store(shifts, begin + row, _select_logit(source, at, step, n_classes, target, like))
-            shift = load(shifts, begin + row, like)
+            shift = _select_logit(source, at, step, n_classes, target, like)
+            store(shifts, begin + row, shift)
             total = _four_lanes(source, at, step, 0, quarter, n_classes, shift, target, kept, begin + row, kept_step)
             if quarter == 4 and n_classes > 2:
                 total = total + _four_lanes(
@@ -342,28 +364,10 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, 
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     if n_classes <= 2 * n_lanes:
-        numbers = scratch.places[1]
         if kept is None:
-            _few_classes_tile(
-                x, offsets, n, n_classes, stride, direct, targets, near, numbers, shifts, rest, stage, None, width
-            )
+            _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, rest, stage, None, width)
         else:
-            _few_classes_tile(
-                x,
-                offsets,
-                n,
-                n_classes,
-                stride,
-                direct,
-                targets,
-                near,
-                numbers,
-                shifts,
-                rest,
-                stage,
-                scratch.kept,
-                width,
-            )
+            _few_classes_tile(x, offsets, n, n_classes, stride, direct, near, shifts, rest, stage, scratch.kept, width)
         return
     gather_targets(x, offsets, stride, n, targets, shifts)
     total = _target_classes(
@@ -470,8 +474,8 @@ def _stage_block(y, offsets, n, low, high, stride, direct, width, stage, like):
 @inline
 def _copy_ahead(x, origin, stride, n, n_slots, place, end, count, stage, staged, slot_step, largest):
     """Copy a batch of classes of a vector of rows into ``stage``, class c to ``staged`` + c vectors, and take it into
-    the ``largest``, but for NaN; this ``count`` times, up to class ``end``. ``place`` is the class and the slot to begin
-    with; returns those that follow.
+    the ``largest``, but for NaN; this ``count`` times, up to class ``end``. ``place`` is the class and the slot
+    to begin with; returns those that follow.
 
     So many classes at a time, for the stage to be written in runs of whole lines as well (4 classes: 1.15 times as
     long).
@@ -496,7 +500,7 @@ def _copy_ahead(x, origin, stride, n, n_slots, place, end, count, stage, staged,
 
 
 @inline
-def _max_shift_term(stage, at, shift, y_stage, y_at, weight, c, keep, spread, exact, total, ties, moment, mass):
+def _max_shift_term(stage, at, shift, y_stage, y_at, weight, c, keep, spread, exact, total, low, ties, moment, mass):
     """Add class c of a vector of rows to the sums of its lane, and take it off the ``ties`` if it is none; see
     :func:`fastloss._kernels.rows._max_shift_block`.
     """
@@ -504,7 +508,7 @@ def _max_shift_term(stage, at, shift, y_stage, y_at, weight, c, keep, spread, ex
     v = load(stage, at, like)
     differs = v != shift
     d = v - shift
-    total = where(differs, total + (exp_falling_difference(v, shift) if exact else exp_falling(d)), total)
+    total, low = add_term(exp_falling_difference(v, shift) if exact else exp_falling(d), differs, total, low)
     ties = where(differs, ties - splat(scalar(1.0, like)), ties)
     if weight is not None:
         m = splat(weight[c])
@@ -512,7 +516,7 @@ def _max_shift_term(stage, at, shift, y_stage, y_at, weight, c, keep, spread, ex
             m = m * fma(load(y_stage, y_at, like), splat(keep), splat(spread))
         moment = fma(m, -d, moment)
         mass = mass + m
-    return total, ties, moment, mass
+    return total, low, ties, moment, mass
 
 
 @inline
@@ -524,21 +528,21 @@ def _max_shift_lane(
     like = first_lane(shift)
     n_lanes = lanes(like)
     zero = splat(scalar(0.0, like))
-    total, moment, mass = zero, zero, zero
+    total, total_low, moment, mass = zero, zero, zero, zero
     is_short = n_classes < n_lanes
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low + lane, high if is_short else end, n_lanes):
-        total, ties, moment, mass = _max_shift_term(
+        total, total_low, ties, moment, mass = _max_shift_term(
             stage, staged + (c - group) * class_step, shift, y_stage, (c - low) * width + y_staged, weight, c,
-            keep, spread, exact, total, ties, moment, mass,
+            keep, spread, exact, total, total_low, ties, moment, mass,
         )  # fmt: skip
     c = high - n_lanes + lane
     if c >= end and not is_short:
-        total, ties, moment, mass = _max_shift_term(
+        total, total_low, ties, moment, mass = _max_shift_term(
             stage, staged + (c - group) * class_step, shift, y_stage, (c - low) * width + y_staged, weight, c,
-            keep, spread, exact, total, ties, moment, mass,
+            keep, spread, exact, total, total_low, ties, moment, mass,
         )  # fmt: skip
-    return total, ties, moment, mass
+    return total + total_low, ties, moment, mass
 
 
 @inline

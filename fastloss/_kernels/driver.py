@@ -89,17 +89,17 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
     width, n_classes = tiles.scratch_width(geometry), geometry[tiles.N_CLASSES]
     n_lanes, group = lanes(out[0]), group_size(n_classes)
     if n_classes <= light * n_lanes:
-        n_values, n_lane_sums, n_others, n_out = 2, 0, width, width
+        n_narrow, n_wide, n_lane_sums, n_others, n_out = 2, 2, 0, width, width
         of_few = 2 * min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING)
         n_staged = max(width, min(n_classes, group) + 2 * tiles.PADDING, of_few)
     else:
-        n_values, n_lane_sums, n_out = 8, min(n_lanes, n_classes) * width, BATCH * width
+        n_narrow, n_wide, n_lane_sums, n_out = 8, 9, min(n_lanes, n_classes) * width, BATCH * width
         n_staged = (max(BATCH, n_classes if n_classes <= GROUP else 2 * BLOCK) + 1) * width
         n_others = min(max(BATCH, n_classes), BLOCK) * width
     places = _padded(4 * width)
     wide = places + 24 * width
-    narrow = wide + n_values * 8 * width
-    sums = narrow + n_values * out.itemsize * width
+    narrow = wide + n_wide * 8 * width
+    sums = narrow + n_narrow * out.itemsize * width
     stage = sums + 3 * out.itemsize * n_lane_sums
     other_stage = stage + _padded(n_staged * x.itemsize)
     out_stage = other_stage + _padded(n_others * y.itemsize)
@@ -109,8 +109,8 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
     return Scratch(
         take(memory, 0, width, np.int32(0)),
         take_rows(memory, places, 3, width, np.int64(0)),
-        take_rows(memory, narrow, n_values, width, out),
-        take_rows(memory, wide, n_values, width, np.float64(0)),
+        take_rows(memory, narrow, n_narrow, width, out),
+        take_rows(memory, wide, n_wide, width, np.float64(0)),
         take_rows(memory, sums, 3, n_lane_sums, out),
         take(memory, stage, n_staged, x),
         take(memory, other_stage, n_others, y),

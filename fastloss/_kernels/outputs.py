@@ -28,11 +28,7 @@ def _find_scales(x, geometry, start, offsets, n, tile_sums, scratch):
         if not np.isfinite(largest[i]):
             scales[i] = np.nan
         elif is_log:
-            # The two-sum of Knuth: the sum, and what its rounding has left out, exactly.
-            maximum, log_sum = largest[i], scales[i]
-            total = maximum + log_sum
-            added = total - maximum
-            largest[i], scales[i] = total, (maximum - (total - added)) + (log_sum - added)
+            largest[i], scales[i] = rows.two_sum(largest[i], scales[i])
 
 
 def _softmax(tile_sums, write_tile):

@@ -31,9 +31,20 @@ from fastloss._kernels._simd import (
     store,
     where,
 )
-from fastloss._kernels._vecmath import exp, exp_difference, exp_falling, exp_falling_difference
+from fastloss._kernels._vecmath import exp, exp_falling, exp_falling_difference
 from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, GROUP, STAGED_ROWS, group_size, record_at
-from fastloss._kernels.rows import add_term, finite_shift, gather_targets, merge, put_record, target_term
+from fastloss._kernels.rows import (
+    add_term,
+    close_segment,
+    entry,
+    finite_shift,
+    gather_targets,
+    merge,
+    put_record,
+    target_term,
+    two_sum,
+    whole_rest,
+)
 
 # A tile's rows of one class are a run of some hundred bytes, of which the CPU's own prefetcher learns too late: while a
 # tile is read, the same classes of the next are asked for in the second-level cache, and where the terms are summed at
@@ -174,6 +185,15 @@ def _add_block(totals, sums, n_slots):
     """Add the folded sums of a block, or the totals of a chunk, to float64 totals."""
     for slot in range(0, n_slots, lanes(0.0)):
         store(totals, slot, load(totals, slot, 0.0) + load(sums, slot, 0.0))
+
+
+@inline
+def _add_rests(rest, rest_low, sums, n_slots):
+    """:func:`_add_block`, with what the additions lose."""
+    for slot in range(0, n_slots, lanes(0.0)):
+        total, lost = two_sum(load(rest, slot, 0.0), load(sums, slot, 0.0))
+        store(rest, slot, total)
+        store(rest_low, slot, load(rest_low, slot, 0.0) + lost)
 
 
 @inline
@@ -624,18 +644,11 @@ def _max_shift_classes(
     stage, y_stage = scratch.stage, scratch.other_stage
     other_stage = stage[len(stage) // 2 // n_lanes * n_lanes :]
     sums, moments, masses = scratch.sums[0], scratch.sums[1], scratch.sums[2]
-    ties, group_largest, chunk_largest, factor = (
-        scratch.narrow[4],
-        scratch.narrow[5],
-        scratch.narrow[6],
-        scratch.narrow[7],
-    )
-    chunk_rest, chunk_ties, chunk_moment, chunk_mass = (
-        scratch.wide[0],
-        scratch.wide[1],
-        scratch.wide[2],
-        scratch.wide[3],
-    )
+    narrow, wide = scratch.narrow, scratch.wide
+    base, next_largest, ties = narrow[2], narrow[3], narrow[4]
+    group_largest, chunk_largest, shifts = narrow[5], narrow[6], narrow[7]
+    chunk_rest, chunk_ties, chunk_moment, chunk_mass = wide[0], wide[1], wide[2], wide[3]
+    older, rest_low = wide[7], wide[8]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     size = group_size(n_classes)
@@ -644,7 +657,6 @@ def _max_shift_classes(
     y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
     y_direct = is_direct(geometry, tiles.TARGET, start, n, n_lanes) if y is not None else direct
     is_known = False
-    next_largest = scratch.narrow[3]
     zero = splat(scalar(0.0, like))
     lowest = splat(scalar(-np.inf, like))
     for i in range(n):
@@ -655,7 +667,10 @@ def _max_shift_classes(
     for chunk in range(begin, end, CHUNK):
         for slot in range(n_slots):
             chunk_largest[slot] = -np.inf
+            base[slot] = -np.inf
+            older[slot] = 0.0
             chunk_rest[slot] = 0.0
+            rest_low[slot] = 0.0
             chunk_ties[slot] = 0.0
             chunk_moment[slot] = 0.0
             chunk_mass[slot] = 0.0
@@ -676,17 +691,26 @@ def _max_shift_classes(
                 store(next_largest, slot, lowest)
             for slot in range(0, n_slots, n_lanes):
                 store(ties, slot, splat(scalar(group_end - group, like)))
-                store(factor, slot, exp_difference(load(chunk_largest, slot, like), load(group_largest, slot, like)))
             for slot in range(n_slots):
                 if group_largest[slot] > chunk_largest[slot]:
-                    chunk_rest[slot] = (chunk_rest[slot] + chunk_ties[slot]) * np.float64(factor[slot])
-                    chunk_ties[slot] = 0.0
+                    if chunk_largest[slot] > -np.inf:
+                        base[slot], older[slot] = close_segment(
+                            chunk_largest[slot],
+                            chunk_rest[slot],
+                            rest_low[slot],
+                            chunk_ties[slot],
+                            base[slot],
+                            older[slot],
+                        )
+                        chunk_rest[slot] = 0.0
+                        rest_low[slot] = 0.0
+                        chunk_ties[slot] = 0.0
                     grown = group_largest[slot] - finite_shift(chunk_largest[slot])
                     chunk_moment[slot] += np.float64(grown) * chunk_mass[slot]
                     chunk_largest[slot] = group_largest[slot]
             for slot in range(0, n_slots, n_lanes):
                 shift = load(chunk_largest, slot, like)
-                store(factor, slot, where(shift > lowest, shift, zero))
+                store(shifts, slot, where(shift > lowest, shift, zero))
             for low in range(group, group_end, BLOCK):
                 high = min(low + BLOCK, group_end)
                 if y is not None:
@@ -694,7 +718,7 @@ def _max_shift_classes(
                 for slot in range(0, n_slots, n_lanes):
                     row = row_of(slot, n, n_lanes)
                     staged = slot * slot_step if direct else row
-                    shift, slot_ties = load(factor, slot, like), load(ties, slot, like)
+                    shift, slot_ties = load(shifts, slot, like), load(ties, slot, like)
                     for lane in range(min(n_lanes, n_classes)):
                         ahead = _copy_ahead(
                             x, offsets[0], stride, n, n_slots, ahead, ahead_end, BLOCK // BATCH // n_lanes,
@@ -716,7 +740,7 @@ def _max_shift_classes(
                             store(masses, lane * n_lanes, m)
                     store(ties, slot, slot_ties)
                     _fold(sums, n_classes, n_lanes, n_lanes, like)
-                    _add_block(chunk_rest[slot:], sums, n_lanes)
+                    _add_rests(chunk_rest[slot:], rest_low[slot:], sums, n_lanes)
                     if weight is not None:
                         _fold(moments, n_classes, n_lanes, n_lanes, like)
                         _add_block(chunk_moment[slot:], moments, n_lanes)
@@ -727,10 +751,10 @@ def _max_shift_classes(
             row = row_of(slot, n, n_lanes)
             for i in range(max(0, slot - row), n_lanes):
                 at = slot + i
-                without_own = chunk_rest[at] + (chunk_ties[at] - 1.0 if chunk_largest[at] > -np.inf else 0.0)
+                whole = whole_rest(chunk_largest[at], chunk_rest[at], rest_low[at], chunk_ties[at], base[at], older[at])
                 largest[row + i], rest[row + i], moment[row + i], mass[row + i] = merge(
                     largest[row + i], rest[row + i], moment[row + i], mass[row + i],
-                    chunk_largest[at], without_own, chunk_moment[at], chunk_mass[at],
+                    chunk_largest[at], whole, chunk_moment[at], chunk_mass[at],
                 )  # fmt: skip
 
 
@@ -757,7 +781,7 @@ def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shi
             for slot in range(0, n_slots, n_lanes):
                 row = row_of(slot, n, n_lanes)
                 v, shift, scale = load(source, at + row, like), load(shifts, row, like), load(scales, row, like)
-                store(sink, sink_at + row, (v - shift) - scale if is_log else exp_falling_difference(v, shift) * scale)
+                store(sink, sink_at + row, entry(v, shift, scale, is_log))
         if not out_direct:
             _unstage_classes(out_stage, out, out_offsets, n, out_stride, low, high, width)
 

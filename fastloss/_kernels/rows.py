@@ -3,8 +3,8 @@
 Order of addition, the same in :mod:`fastloss._kernels.planes`, so that a row has the same bits in every layout: within
 a block of :data:`BLOCK` classes, class c is added to lane c modulo the number of lanes (the last classes of the row,
 where they do not fill a vector, to the last lanes; see :func:`tail`), in the compute type. The lanes are folded by
-halves. The block sums are added in float64 within a chunk of :data:`CHUNK` classes, and the chunk sums in float64; a
-chunk is the least piece of a long row that a thread takes.
+halves. The block sums are added in float64 within a chunk of :data:`CHUNK` classes (relative to the maximum, with what
+the additions lose), and the chunk sums in float64; a chunk is the least piece of a long row that a thread takes.
 
 Accuracy: a lane adds at most 16 float32 terms, so that a row's sum is within about 1e-6 of the exact one in the worst
 case and 1e-7 in practice, for any number of classes.
@@ -32,7 +32,7 @@ from fastloss._kernels._simd import (
     tree_sum,
     where,
 )
-from fastloss._kernels._vecmath import exp, exp_and_difference, exp_falling, exp_falling_difference
+from fastloss._kernels._vecmath import exp, exp_and_difference, exp_difference, exp_falling, exp_falling_difference
 from fastloss._kernels.driver import BLOCK, CHUNK, GROUP, group_size, record_at
 
 # How far ahead of the loads memory is asked for, in bytes. The CPU's own prefetcher starts anew with every page of 4
@@ -41,6 +41,9 @@ AHEAD = 4096
 
 # Float64 numbers up to 2**8, added to it, become multiples of 2**-44: see add_term().
 GRID = 1.5 * 2.0**8
+
+# How much the maximum of a chunk may grow before what was summed relative to its first is scaled down.
+LARGE_GROWTH = 40.0
 
 
 # ------------------------------------------------------------------------------------------- shift by the target
@@ -259,16 +262,54 @@ def scale_factor(old, new):
     return np.float64(first_lane(exp_falling_difference(splat(old), splat(new))))
 
 
+@inline
+def two_sum(a, b):
+    """The rounded sum, and what its rounding has left out, exactly (Knuth)."""
+    total = a + b
+    added = total - a
+    return total, (a - (total - added)) + (b - added)
+
+
+@inline
+def _scaled_sum(factor, value, other):
+    """The float64 factor * value + other, rounded once."""
+    return first_lane(fma(splat(factor), splat(value), splat(other)))
+
+
+@subroutine
+def close_segment(largest, rest, rest_low, ties, base, older):
+    """Join what was summed relative to ``largest``, now that a larger class has come, to what was summed before:
+    ``older``, relative to ``base``, the first maximum of the chunk (-inf if there is none yet).
+
+    To scale the sum so far down to each new maximum would round it every time. Only where exp(largest - base) would be
+    large is the older sum scaled: little depends on it then.
+    """
+    total = rest + ties + rest_low
+    if not base > -np.inf:
+        return largest, total
+    if largest - base > LARGE_GROWTH:
+        return largest, _scaled_sum(scale_factor(base, largest), older, total)
+    factor = np.float64(first_lane(exp_difference(splat(largest), splat(base))))
+    return base, _scaled_sum(factor, total, older)
+
+
+@inline
+def whole_rest(largest, rest, rest_low, ties, base, older):
+    """The sum of exp(x - largest) of a chunk without the maximum's own 1; see :func:`close_segment`."""
+    rest = (rest + (ties - 1.0 if largest > -np.inf else 0.0)) + rest_low
+    return _scaled_sum(scale_factor(base, largest), older, rest) if base > -np.inf else rest
+
+
 @subroutine
 def merge(largest, rest, moment, mass, other_largest, other_rest, other_moment, other_mass):
     """Join two pieces of a row: (maximum, sum of exp(x - maximum) without the maximum's own 1, moment, mass)."""
     shift, other_shift = finite_shift(largest), finite_shift(other_largest)
     if other_largest > largest:
-        rest = other_rest + (1.0 + rest) * scale_factor(largest, other_largest)
+        rest = _scaled_sum(scale_factor(largest, other_largest), 1.0 + rest, other_rest)
         moment = other_moment + (moment + np.float64(other_shift - shift) * mass)
         largest = other_largest
     elif largest > other_largest:
-        rest = rest + (1.0 + other_rest) * scale_factor(other_largest, largest)
+        rest = _scaled_sum(scale_factor(other_largest, largest), 1.0 + other_rest, rest)
         moment = moment + (other_moment + np.float64(shift - other_shift) * other_mass)
     else:
         rest = rest + other_rest + (1.0 if largest > -np.inf else 0.0)
@@ -279,7 +320,7 @@ def merge(largest, rest, moment, mass, other_largest, other_rest, other_moment, 
 @subroutine
 def _sum_blocks(
     x, origin, ahead, low, high, n_classes, largest, y, y_offset, y_stride, weight, keep, spread, exact, y_stage,
-    rest, moment, mass,
+    rest, rest_low, moment, mass,
 ):  # fmt: skip
     """Add the blocks from ``low`` on to the sums of their chunk, relative to its ``largest`` so far; see
     :func:`_max_shift_block`. Up to ``high``, or, where a row has several groups, to before one with a larger class.
@@ -311,16 +352,18 @@ def _sum_blocks(
                 x, origin, ahead, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread, exact,
                 ties, ahead_largest,
             )  # fmt: skip
-        rest += np.float64(tree_sum(held_s))
+        rest, lost = two_sum(rest, np.float64(tree_sum(held_s)))
+        rest_low += lost
         moment += np.float64(tree_sum(held_a))
         mass += np.float64(tree_sum(held_m))
         block = end
         if n_classes > GROUP and any_lane(ahead_largest > splat(largest)):
             break
-    rest += np.float64(tree_sum(s))
+    rest, lost = two_sum(rest, np.float64(tree_sum(s)))
+    rest_low += lost
     moment += np.float64(tree_sum(a))
     mass += np.float64(tree_sum(m))
-    return rest, moment, mass, np.float64(tree_sum(ties)), tree_max(ahead_largest), block
+    return rest, rest_low, moment, mass, np.float64(tree_sum(ties)), tree_max(ahead_largest), block
 
 
 @inline
@@ -338,8 +381,8 @@ def _max_shift_row(
     largest, rest, moment, mass = scalar(-np.inf, like), 0.0, 0.0, 0.0
     for low in range(begin, end, CHUNK):
         high = min(low + CHUNK, end)
-        chunk_largest = scalar(-np.inf, like)
-        chunk_rest, chunk_ties, chunk_moment, chunk_mass = 0.0, 0.0, 0.0, 0.0
+        chunk_largest, base, older = scalar(-np.inf, like), scalar(-np.inf, like), 0.0
+        chunk_rest, rest_low, chunk_ties, chunk_moment, chunk_mass = 0.0, 0.0, 0.0, 0.0, 0.0
         group = low
         while group < high:
             group_end = min(group + size, high)
@@ -347,8 +390,8 @@ def _max_shift_row(
             group_largest = known if known == known else _max_group(source, origin, group, group_end, n_classes, like)
             if group_largest > chunk_largest:
                 if chunk_largest > -np.inf:
-                    chunk_rest = (chunk_rest + chunk_ties) * scale_factor(chunk_largest, group_largest)
-                    chunk_ties = 0.0
+                    base, older = close_segment(chunk_largest, chunk_rest, rest_low, chunk_ties, base, older)
+                    chunk_rest, rest_low, chunk_ties = 0.0, 0.0, 0.0
                 chunk_moment += np.float64(group_largest - finite_shift(chunk_largest)) * chunk_mass
                 chunk_largest = group_largest
             ahead = np.int64(0)
@@ -358,14 +401,13 @@ def _max_shift_row(
                 # A group is a block, and so is the next one up to here.
                 ahead = size
                 group_end = min(group + (n_classes - group) // size * size - size, high)
-            chunk_rest, chunk_moment, chunk_mass, ties, ahead_largest, group = _sum_blocks(
+            chunk_rest, rest_low, chunk_moment, chunk_mass, ties, ahead_largest, group = _sum_blocks(
                 source, origin, ahead, group, group_end, n_classes, chunk_largest, y, y_offset, y_stride, weight, keep,
-                spread, exact, stages[1], chunk_rest, chunk_moment, chunk_mass,
+                spread, exact, stages[1], chunk_rest, rest_low, chunk_moment, chunk_mass,
             )  # fmt: skip
             chunk_ties += ties
             known = ahead_largest if ahead != 0 else scalar(np.nan, like)
-        if chunk_largest > -np.inf:
-            chunk_rest += chunk_ties - 1.0
+        chunk_rest = whole_rest(chunk_largest, chunk_rest, rest_low, chunk_ties, base, older)
         if low == begin:
             largest, rest, moment, mass = chunk_largest, chunk_rest, chunk_moment, chunk_mass
         else:
@@ -381,7 +423,7 @@ def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, k
 
     Method: one pass over memory. Each group of classes is searched for a new maximum and then, from the first-level
     cache, summed with the largest value so far of its chunk as the shift; where that grew, what was summed before is
-    scaled down. The chunks are joined from the first on.
+    kept apart, see :func:`close_segment`. The chunks are joined from the first on.
 
     A group is searched while the one before is summed, which costs little: the sums keep the units that multiply busy,
     the search those that add. Searched and then summed, row by row, each behind a call, log-sum-exp of 65,536 x 1000
@@ -550,6 +592,20 @@ def joined_max_shifts(
 
 
 @inline
+def entry(v, shift, scale, is_log):
+    """The softmax, or its logarithm, of a vector of classes; see :func:`fastloss._kernels.outputs._softmax`."""
+    if not is_log:
+        return exp_falling_difference(v, shift) * scale
+    like = first_lane(v)
+    d = v - shift
+    if lanes(like) == lanes(0.0):
+        # Counting the rounding of the difference keeps the worst error below that of x - M - log(S), 1.3 ulp.
+        _, lost = two_sum(v, -shift)
+        scale = scale - where(d > splat(scalar(-np.inf, like)), lost, splat(scalar(0.0, like)))
+    return d - scale
+
+
+@inline
 def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale, is_log, like):
     """The softmax, or its logarithm, of the classes ``low .. high``: see :func:`write_tile`."""
     n_lanes = lanes(like)
@@ -562,7 +618,7 @@ def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale,
                 break
             begin, _, _ = tail(low, high, n_classes, n_lanes)
         v = load(x, begin - origin, like)
-        store(out, begin - out_origin, (v - shifts) - scales if is_log else exp_falling_difference(v, shifts) * scales)
+        store(out, begin - out_origin, entry(v, shifts, scales, is_log))
 
 
 @inline

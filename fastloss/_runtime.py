@@ -153,6 +153,12 @@ def run(kernel: "Kernel", n_elements: int, n_tasks: int, *args: Any) -> Any:
 # What a kernel gets whose sums are not to be kept from call to call.
 NO_LEDGER = np.zeros(0, np.int64)
 
+# The flat memory of what a kernel reads and writes (x, y, weight and out), as what dtypes it is seen, and the factors
+# (keep and spread).
+Memory = tuple[Array, Array, Any, Array]
+Dtypes = tuple[Any, Any, Any, Any]
+Factors = tuple[float, float]
+
 
 def new_ledger() -> Array:
     """Where a kernel keeps its exact sums and counts, from call to call; see :mod:`fastloss._kernels.driver`."""
@@ -178,27 +184,23 @@ def run_tiles(
     """
     weights = tuple(w.dtype for w in weight) if isinstance(weight, tuple) else weight.dtype
     dtypes = x.dtype, y.dtype, weights, out.dtype
-    return run_typed(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+    return run_typed(kernel, dtypes, n_elements, ledger, (x, y, weight, out), geometry, (keep, spread))
 
 
 def run_typed(
     kernel: "TileKernel",
-    dtypes: tuple[Any, ...],
+    dtypes: Dtypes,
     n_elements: int,
     ledger: Array,
-    x: Array,
-    y: Array,
-    weight: Any,
-    out: Array,
+    memory: Memory,
     geometry: Array,
-    keep: float,
-    spread: float,
+    factors: Factors,
 ) -> Any:
-    """:func:`run_tiles`, the flat memory of the arrays seen as these dtypes."""
+    """:func:`run_tiles`, the memory seen as these dtypes."""
     if n_elements >= SPLIT_THRESHOLD and _splits(kernel, n_elements, geometry):
-        return _run_split(kernel.split, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+        return _run_split(kernel.split, dtypes, n_elements, ledger, memory, geometry, factors)
     if n_elements <= FIRST_CUT:
-        return _run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, geometry, keep, spread)
+        return _run_cut(kernel, dtypes, n_elements, ledger, memory, geometry, factors)
     n_tiles = int(geometry[N_TILES])
     cut = geometry.copy()
     ledger = ledger if ledger.size else new_ledger()
@@ -207,7 +209,7 @@ def run_typed(
     while begin < n_tiles:
         started = time.perf_counter()
         cut[FIRST_TILE], cut[N_TILES] = begin, min(size, n_tiles - begin)
-        found = _run_cut(kernel, dtypes, n_elements, ledger, x, y, weight, out, cut, keep, spread)
+        found = _run_cut(kernel, dtypes, n_elements, ledger, memory, cut, factors)
         begin += size
         elapsed = max(time.perf_counter() - started, 1e-6)
         size = max(1, int(size * min(CUT_SECONDS / elapsed, CUT_GROWTH)))
@@ -216,22 +218,18 @@ def run_typed(
 
 def _run_cut(
     kernel: "TileKernel",
-    dtypes: tuple[Any, ...],
+    dtypes: Dtypes,
     n_elements: int,
     ledger: Array,
-    x: Array,
-    y: Array,
-    weight: Any,
-    out: Array,
+    memory: Memory,
     geometry: Array,
-    keep: float,
-    spread: float,
+    factors: Factors,
 ) -> Any:
-    """Run a kernel over the tiles of a geometry at once, the flat memory of the arrays seen as these dtypes."""
+    """Run a kernel over the tiles of a geometry at once."""
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
     try:
         entry = kernel.entry(n_workers > 1, *dtypes)
-        return entry(n_workers, ledger, x, y, weight, out, geometry, keep, spread)
+        return entry(n_workers, ledger, *memory, geometry, *factors)
     finally:
         if n_workers > 1:
             _leave()
@@ -249,28 +247,25 @@ def _splits(kernel: "TileKernel", n_elements: int, geometry: Array) -> bool:
 
 def _run_split(
     split: "Split",
-    dtypes: tuple[Any, ...],
+    dtypes: Dtypes,
     n_elements: int,
     ledger: Array,
-    x: Array,
-    y: Array,
-    weight: Array,
-    out: Array,
+    memory: Memory,
     geometry: Array,
-    keep: float,
-    spread: float,
+    factors: Factors,
 ) -> Any:
     """Run the kernels of a split one after the other."""
     n_classes = int(geometry[N_CLASSES])
     records = np.empty(int(geometry[N_ROWS]) * -(-n_classes // CHUNK) * split.n_values)
     pieces = geometry.copy()
     pieces[N_TILES] *= -(-n_classes // split.size)
+    x, y, weight, out = memory
+    memory = x, y, (weight, records), out
     dtypes = *dtypes[:2], (dtypes[2], records.dtype), dtypes[3]
-    weights = weight, records
-    run_typed(split.pieces, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
-    found = _run_cut(split.join, dtypes, records.size, ledger, x, y, weights, out, geometry, keep, spread)
+    run_typed(split.pieces, dtypes, n_elements, NO_LEDGER, memory, pieces, factors)
+    found = _run_cut(split.join, dtypes, records.size, ledger, memory, geometry, factors)
     if split.write is not None:
-        run_typed(split.write, dtypes, n_elements, NO_LEDGER, x, y, weights, out, pieces, keep, spread)
+        run_typed(split.write, dtypes, n_elements, NO_LEDGER, memory, pieces, factors)
     return found
 
 

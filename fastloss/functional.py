@@ -569,7 +569,7 @@ def _remember(
                 total, _, kept, bad = entry(1, ledger, input, target, weight, one, table, keep, spread)
             else:
                 total, _, kept, bad = runtime.run_typed(
-                    kernel, seen, n_elements, ledger, input, target, weight, one, table, keep, spread
+                    kernel, seen, n_elements, ledger, (input, target, weight, one), table, (keep, spread)
                 )
         except BufferError:
             return None
@@ -586,7 +586,7 @@ def _remember(
                 _, _, _, bad = entry(1, ledger, input, target, weight, out, table, keep, spread)
             else:
                 _, _, _, bad = runtime.run_typed(
-                    kernel, seen, n_elements, ledger, input, target, weight, out, table, keep, spread
+                    kernel, seen, n_elements, ledger, (input, target, weight, out), table, (keep, spread)
                 )
         except BufferError:
             return None

@@ -97,18 +97,21 @@ def test_smoothed_losses_of_targets_without_weight(n_rows, n_classes):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("n_classes", [2, 10, 100, 1000])
+@pytest.mark.parametrize("n_classes", [2, 10, 100, 1000, 2600])
 class TestOutputs:
     """softmax and log_softmax within 4 units in the last place (softmax wherever the result is a normal number)."""
 
     def rows(self, rng, n_classes, dtype):
-        """Nearly uniform, ordinary, confident, and with entries at the end of the normal numbers."""
+        """Nearly uniform, ordinary, confident, with entries at the end of the normal numbers, and rows that rise: each
+        group of classes then has a new maximum, a little or much larger.
+        """
         spread = 80 if dtype is np.float32 else 700
         scales = np.array([0.01, 1, 4, 20, spread])
         x = rng.normal(size=(len(scales), n_classes)) * scales[:, None]
         x[-1] = rng.uniform(-spread, 0, n_classes)
         x[-2, 0] = x[-2].max() + 30
-        return x.astype(dtype)
+        rising = np.linspace(0, [1, 5, 60], n_classes, axis=1)
+        return np.concatenate([x, rising]).astype(dtype)
 
     def test_softmax(self, rng, n_classes, dtype):
         for row, got in zip(x := self.rows(rng, n_classes, dtype), softmax(x), strict=True):
@@ -116,6 +119,7 @@ class TestOutputs:
             normal = [i for i, e in enumerate(exact) if e >= float(np.finfo(dtype).tiny)]
             errors = references.ulp_error(got[normal], [exact[i] for i in normal], dtype)
             assert max(errors) <= 4
+        np.testing.assert_array_equal(softmax(x.T.copy(), 0).T, softmax(x))
 
     def test_log_softmax(self, rng, n_classes, dtype):
         for row, got in zip(x := self.rows(rng, n_classes, dtype), log_softmax(x), strict=True):

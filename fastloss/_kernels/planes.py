@@ -689,19 +689,14 @@ def _max_shift_classes(
             ahead, ahead_end = (group_end, np.int64(0)), min(group_end + size, end) if is_known else np.int64(0)
             for slot in range(0, n_slots, n_lanes):
                 store(next_largest, slot, lowest)
-            for slot in range(0, n_slots, n_lanes):
                 store(ties, slot, splat(scalar(group_end - group, like)))
             for slot in range(n_slots):
                 if group_largest[slot] > chunk_largest[slot]:
                     if chunk_largest[slot] > -np.inf:
                         base[slot], older[slot] = close_segment(
-                            chunk_largest[slot],
-                            chunk_rest[slot],
-                            rest_low[slot],
-                            chunk_ties[slot],
-                            base[slot],
-                            older[slot],
-                        )
+                            chunk_largest[slot], chunk_rest[slot], rest_low[slot], chunk_ties[slot],
+                            base[slot], older[slot],
+                        )  # fmt: skip
                         chunk_rest[slot] = 0.0
                         rest_low[slot] = 0.0
                         chunk_ties[slot] = 0.0

@@ -94,7 +94,7 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
         n_staged = max(width, min(n_classes, group) + 2 * tiles.PADDING, of_few)
     else:
         n_narrow, n_wide, n_lane_sums, n_out = 8, 9, min(n_lanes, n_classes) * width, BATCH * width
-        n_staged = (max(BATCH, n_classes if n_classes <= GROUP else 2 * BLOCK) + 1) * width
+        n_staged = (max(BATCH, n_classes if n_classes <= group else 2 * group) + 1) * width
         n_others = min(max(BATCH, n_classes), BLOCK) * width
     places = _padded(4 * width)
     wide = places + 24 * width

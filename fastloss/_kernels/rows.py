@@ -597,10 +597,9 @@ def entry(v, shift, scale, is_log):
     if not is_log:
         return exp_falling_difference(v, shift) * scale
     like = first_lane(v)
-    d = v - shift
+    d, lost = two_sum(v, -shift)
     if lanes(like) == lanes(0.0):
         # Counting the rounding of the difference keeps the worst error below that of x - M - log(S), 1.3 ulp.
-        _, lost = two_sum(v, -shift)
         scale = scale - where(d > splat(scalar(-np.inf, like)), lost, splat(scalar(0.0, like)))
     return d - scale
 

@@ -14,6 +14,7 @@ from fastloss._kernels.sums import (
     FIRST_GUESS,
     MAX_BLOCK,
     NARROW,
+    NARROWEST,
     NO_GUESS,
     STATE_SIZE,
     WIDE,
@@ -129,7 +130,7 @@ class TestAgainstFsum:
 
 
 def _make_guess_sum(kind):
-    grids, no_sums, add_vector, _, add_sums = kind
+    grids, no_sums, add_vector, _, add_sums, _ = kind
 
     @numba.njit
     def guess_sum(values, exponent, state):
@@ -144,7 +145,7 @@ def _make_guess_sum(kind):
     return guess_sum
 
 
-_guess_sum = {kind: _make_guess_sum(kind) for kind in (NARROW, WIDE)}
+_guess_sum = {kind: _make_guess_sum(kind) for kind in (NARROWEST, NARROW, WIDE)}
 
 
 @numba.njit
@@ -165,7 +166,7 @@ def guessed_sum(values, exponent, dtype, kind=NARROW):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("kind", [NARROW, WIDE], ids=["narrow", "wide"])
+@pytest.mark.parametrize("kind", [NARROWEST, NARROW, WIDE], ids=["narrowest", "narrow", "wide"])
 class TestGuesses:
     """Grids laid for an exponent that is not the values'."""
 
@@ -251,6 +252,66 @@ class TestGuesses:
             guess = _guess_of(array)
             assert guessed_sum(values, guess, dtype, kind) in (None, math.fsum(values)) if guess != NO_GUESS else True
             assert exact_sum(values, dtype=dtype) == math.fsum(values)
+
+
+def _make_sum_of_large(kind):
+    grids, no_sums, add_vector, add_large, add_sums, _ = kind
+
+    @numba.njit
+    def sum_of_large(large, others, exponent, state):
+        like = large[0]
+        vector = splat(like)
+        constants, sums = grids(vector, exponent), no_sums(vector)
+        for i in range(0, len(large), lanes(like)):
+            sums = add_large(load(large, i, like), sums, constants)
+        for i in range(0, len(others), lanes(like)):
+            sums = add_vector(load(others, i, like), sums, constants)
+        n_vectors = (len(large) + len(others)) // lanes(like)
+        return add_sums(vector, state, sums, exponent, n_vectors, True), rounded(state)
+
+    return sum_of_large
+
+
+_sum_of_large = {kind: _make_sum_of_large(kind) for kind in (NARROWEST, NARROW, WIDE)}
+
+
+@pytest.mark.parametrize("kind", [NARROWEST, NARROW, WIDE], ids=["narrowest", "narrow", "wide"])
+class TestLargeValues:
+    """Those of float32 that reach no lower than a kind says, whose bits are not looked for below."""
+
+    def check(self, kind, large, others, exponent):
+        state = np.zeros(STATE_SIZE, np.int64)
+        arrays = (np.array(values, np.float32) for values in (large, others))
+        was_exact, total = _sum_of_large[kind](*arrays, exponent, state)
+        assert was_exact
+        assert total == math.fsum([*map(float, large), *map(float, others)])
+
+    def lowest(self, kind, exponent):
+        return max(exponent - kind.reach, -126)
+
+    @pytest.mark.parametrize("exponent", [-50, 0, 30])
+    def test_from_the_lowest_to_the_highest(self, rng, kind, exponent):
+        exponents = rng.integers(self.lowest(kind, exponent), exponent + 1, 2048)
+        large = np.ldexp(rng.uniform(1, 2, 2048) * rng.choice([-1, 1], 2048), exponents).astype(np.float32)
+        large[rng.random(2048) < 0.1] = rng.choice([0.0, -0.0])
+        self.check(kind, large, [], exponent)
+        others = np.ldexp(rng.uniform(1, 2, 48), rng.integers(max(exponent - 44, -126), exponent + 1, 48))
+        self.check(kind, large, others.astype(np.float32), exponent)
+
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_every_bit_at_the_limits(self, kind, sign):
+        lowest = np.ldexp(np.float32(1), self.lowest(kind, 0))
+        for value in (lowest, np.nextafter(lowest, np.float32(1)), np.float32(2 - 2.0**-20)):
+            self.check(kind, [sign * value] * MAX_BLOCK, [], 0)
+            self.check(kind, [sign * value] * 2048, [sign * value] * 2048, 0)
+
+    @pytest.mark.parametrize("special", [INF, -INF, NAN, 4.5, -5.0, 2.0**30])
+    def test_what_does_not_fit_is_told(self, kind, special):
+        for large, others in (([special] + [1.0] * 15, [1.0] * 16), ([1.0] * 16, [special] + [1.0] * 15)):
+            state = np.zeros(STATE_SIZE, np.int64)
+            arrays = (np.array(values, np.float32) for values in (large, others))
+            assert not _sum_of_large[kind](*arrays, 0, state)[0]
+            assert not state.any()
 
 
 class TestEnds:

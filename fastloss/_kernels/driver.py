@@ -26,11 +26,11 @@ from fastloss._kernels._memory import CACHE_LINE, allocate, memory_type, release
 from fastloss._kernels._simd import lanes, next_task
 from fastloss._kernels.sums import FIRST_GUESS, STATE_SIZE, add_state, rounded
 
-# Where in a ledger the second sum lies, the counts, a guess for each sum, and for how many tiles more the first goes on
-# wide grids; the counter, which other workers may use, has a cache line of its own.
+# Where in a ledger the second sum lies, the counts, a guess for each sum, how values are added to the first and for how
+# many tiles more; the counter, which other workers may use, has a cache line of its own.
 SECOND_SUM = STATE_SIZE
 KEPT, BAD = 2 * STATE_SIZE, 2 * STATE_SIZE + 1
-GUESS, SECOND_GUESS, WIDE_TILES = 2 * STATE_SIZE + 2, 2 * STATE_SIZE + 3, 2 * STATE_SIZE + 4
+GUESS, SECOND_GUESS, WAY, WAY_TILES = (2 * STATE_SIZE + i for i in range(2, 6))
 TAKEN = 2 * STATE_SIZE + 16
 LEDGER_SIZE = 2 * STATE_SIZE + 32
 
@@ -131,6 +131,7 @@ def _new_ledgers(memory, n_workers, kept):
             ledger[i] = kept[i] if worker == 0 and i < len(kept) else 0
         ledger[GUESS] = FIRST_GUESS
         ledger[SECOND_GUESS] = FIRST_GUESS
+        ledger[WAY] = 0
         ledger[TAKEN] = 0
     return ledgers
 

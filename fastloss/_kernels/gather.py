@@ -24,7 +24,7 @@ from fastloss._kernels.sums import FIRST_GUESS, NARROW, NO_GUESS
 # twice as long without.
 AHEAD_ENTRIES = 128
 
-_grids, _no_sums, _add_vector, _, _add_sums = NARROW
+_grids, _no_sums, _add_vector, _, _add_sums, _ = NARROW
 
 
 @inline

@@ -1,22 +1,26 @@
 """The kernel of the Kullback-Leibler divergence: element by element, over two arrays of one broadcast shape.
 
 A sum is taken in the loop that makes the values, which are not written: the exact sum's grids (see
-:mod:`fastloss._kernels.sums`) are laid by the exponent of a tile before. A tile whose values spread over too many
-binades goes on wide grids, one that does not fit is evaluated again, written, and added as a block, which gives the
-next guess.
+:mod:`fastloss._kernels.sums`) are laid by the exponent of a tile before. The first tile is written and added as a
+block, which gives that exponent, and so is one with larger values than were guessed. Two grids do for most values; the
+others, one in many, are set apart and put on three. A tile with more of them has the next tiles put on three grids
+all, or on wide ones.
 
 Without prefetches: two streams that run through whole tiles are what the CPU's own prefetcher is made for (65,536 x 500
 is read 1.04 times as fast without).
 """
 
+from collections import namedtuple
+
 import numpy as np
 
 from fastloss._kernels import planes, tiles
-from fastloss._kernels._jit import inline, subroutine
+from fastloss._kernels._jit import by_dtype, inline, subroutine
 from fastloss._kernels._simd import (
     any_lane,
     first_lane,
     fma,
+    from_bits,
     integer_like,
     iota,
     lanes,
@@ -31,39 +35,48 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, log_difference
-from fastloss._kernels.driver import ANY_NUMBER, GUESS, SECOND_SUM, WIDE_TILES, make_kernel
-from fastloss._kernels.sums import MARGIN, NARROW, NO_GUESS, WIDE, add_block
+from fastloss._kernels.driver import ANY_NUMBER, GUESS, SECOND_SUM, WAY, WAY_TILES, make_kernel
+from fastloss._kernels.sums import MARGIN, NARROW, NARROWEST, NO_GUESS, WIDE, add_block
 
 # The difference of float32, good to 6e-9 where it is small, gives values within 9e-7 in relative terms where the
 # logarithms differ by 2**CLOSE or more.
 CLOSE = -7
 # Probabilities below 2**SMALLEST are left to float64, whose numbers 2**CLOSE times them are exactly.
 SMALLEST = -120
-# How many tiles go on wide grids after one that does not fit the narrow ones, before these are tried again.
-STAY_WIDE = 64
+# The ways to add a tile's values; of float64, the third is the fourth.
+AS_BLOCK, TWO_GRIDS, THREE_GRIDS, WIDE_GRIDS = range(4)
+# How many tiles go one way after one that did not suit the way before, until that is tried again.
+STAY = 64
+# A tile does not suit where more than one in so many values are set apart: each takes ten times what it would in its
+# place, and a third grid for all of them a tenth more. (Where distributions are not close, one in two hundred is.)
+APART = 64
 
 _LARGEST_INTEGER = 0x7FFFFFFF
 
 
 @inline
-def _is_close(difference):
-    """Whether the logarithms differ by less than 2**:data:`CLOSE`."""
+def _is_single(like):
+    return lanes(like) != lanes(0.0)
+
+
+@inline
+def _is_apart(difference):
+    """Whether the logarithms differ by 2**:data:`CLOSE` or more."""
     like = first_lane(difference)
     size = to_bits(difference) & splat(integer_like(_LARGEST_INTEGER, like))
-    return size < splat(integer_like((CLOSE + 127) << 23, like))
+    return size >= splat(integer_like((CLOSE + 127) << 23, like))
 
 
 @inline
 def _order(y):
-    """Integers in the order of the probabilities, but for 0, which comes last."""
+    """Integers in the order of what is not negative, but for 0, which comes last."""
     return to_bits(y) + splat(integer_like(_LARGEST_INTEGER, first_lane(y)))
 
 
 @inline
 def _order_of_power(exponent, like):
-    """:func:`_order` of 2**``exponent`` in float32; in float64, where no probability is too small, below all."""
-    order = ((exponent + 127) << 23) + _LARGEST_INTEGER
-    return splat(integer_like(order if lanes(like) != lanes(0.0) else np.int64(0), like))
+    """:func:`_order` of 2**``exponent`` in float32."""
+    return splat(integer_like(((exponent + 127) << 23) + _LARGEST_INTEGER, like))
 
 
 @inline
@@ -80,25 +93,52 @@ def _any_divergence(x, y):
 def _divergence(x, y):
     """xlogy(y, y) - y * x as y * (log(y) - x), the difference with more digits than the data's: its terms cancel where
     the distributions are close. For float32, y is 0 or from 2**:data:`SMALLEST` on and finite, and those values that
-    are not good enough are told by a mask.
+    are good enough are told by a mask.
     """
-    like = first_lane(y)
-    zero = splat(scalar(0.0, like))
-    if lanes(like) == lanes(0.0):
-        return _any_divergence(x, y), zero != zero
+    zero = splat(scalar(0.0, first_lane(y)))
+    if not _is_single(first_lane(y)):
+        return _any_divergence(x, y), zero == zero
     difference = log_difference(y, x)
-    return y * difference, _is_close(difference)
+    return y * difference, _is_apart(difference)
 
 
 @inline
 def _log_divergence(x, y):
-    """exp(y) * (y - x): the difference is exact where it matters, so the data's own precision does. None is odd.
+    """exp(y) * (y - x): the difference is exact where it matters, so the data's own precision does: all are good.
 
     exp(y) is taken as exp(y / 2)**2, which overflows to inf where y does (exp alone gives NaN there) and reaches the
     subnormal numbers.
     """
+    zero = splat(scalar(0.0, first_lane(y)))
     root = exp(y * splat(scalar(0.5, first_lane(y))))
-    return root * root * (y - x), y != y
+    return root * root * (y - x), zero == zero
+
+
+@inline
+def _target_order(y, value):
+    return _order(y)
+
+
+@inline
+def _target_bound(exponent, like):
+    """From which :func:`_target_order` on no value is below 2**``exponent`` that is good enough."""
+    return _order_of_power(max(exponent - CLOSE, np.int64(SMALLEST)), like)
+
+
+@inline
+def _value_order(y, value):
+    return _order(from_bits(to_bits(value) & splat(integer_like(_LARGEST_INTEGER, first_lane(y)))))
+
+
+@inline
+def _value_bound(exponent, like):
+    """From which :func:`_value_order` on no value is below 2**``exponent``, nor subnormal."""
+    return _order_of_power(max(exponent, np.int64(-126)), like)
+
+
+@inline
+def _bits_of_others(is_good, like):
+    return mask_bits(is_good) ^ ((1 << lanes(like)) - 1)
 
 
 @inline
@@ -138,7 +178,30 @@ def _mend(inputs, targets, n_odd):
         store(targets, k, _any_divergence(load(inputs, k, 0.0), load(targets, k, 0.0)))
 
 
-def _make_write(divergence, has_odd):
+@inline
+def _mend_log(inputs, targets, n_odd):
+    """As :func:`_mend`, in the data's own precision."""
+    like = targets[0]
+    for k in range(0, n_odd, lanes(like)):
+        value, _ = _log_divergence(load(inputs, k, like), load(targets, k, like))
+        store(targets, k, value)
+
+
+# The two divergences.
+#   values(x, y)            those of two vectors, and whether they are good enough
+#   order(y, value), bound(exponent, like)
+#                           what is at least ``bound`` where a good value is 0 or not below 2**exponent
+#   mend                    see _mend
+#   of_probabilities        whether negative targets are no numbers
+Divergence = namedtuple("Divergence", "values order bound mend of_probabilities")
+
+_OF_TARGET = Divergence(_divergence, _target_order, _target_bound, _mend, True)
+_OF_LOG_TARGET = Divergence(_log_divergence, _value_order, _value_bound, _mend_log, False)
+
+
+def _make_write(divergence):
+    of_probabilities, evaluate = divergence.of_probabilities, divergence.values
+
     @subroutine
     def write(x, x_at, y, y_at, n, scratch, values):
         """Write the divergences of a tile."""
@@ -151,12 +214,12 @@ def _make_write(divergence, has_odd):
         for slot in range(0, n, n_lanes):
             i = planes.row_of(slot, n, n_lanes)
             target = load(y, y_at + i, like)
-            value, is_odd = divergence(load(x, x_at + i, like), target)
+            value, is_good = evaluate(load(x, x_at + i, like), target)
             store(values, i, value + zero)  # (makes a -0 of y = 0 positive)
-            if has_odd:
-                is_odd = is_odd | (_order(target) < smallest) | (target < zero) | (target == infinity)
-                n_words = _note(odd, n_words, i, mask_bits(is_odd))
-        if has_odd:
+            if of_probabilities and _is_single(like):
+                is_good = is_good & (_order(target) >= smallest) & (target >= zero) & (target < infinity)
+                n_words = _note(odd, n_words, i, _bits_of_others(is_good, like))
+        if of_probabilities and _is_single(like):
             n_odd = _gather_odd(x, x_at, y, y_at, odd, n_words, numbers, inputs, targets)
             _mend(inputs, targets, n_odd)
             for k in range(n_odd):
@@ -165,60 +228,52 @@ def _make_write(divergence, has_odd):
     return write
 
 
-def _make_add(divergence, has_odd, kind, is_wide):
-    grids, no_sums, add_vector, add_large, add_sums = kind
-    # The probabilities' own bound is the values' too (see below): nothing is lost on narrow grids, nor looked for.
-    add_value = add_large if has_odd and not is_wide else add_vector
+def _make_add(divergence, kind):
+    values, order, bound_of, mend, of_probabilities = divergence
+    grids, no_sums, add_vector, add_large, add_sums, reach = kind
 
     @inline
-    def evaluate(x, y, bound, least, signs):
-        """The divergences of a vector, which of them are odd, and what is kept of the probabilities of all vectors."""
-        value, is_odd = divergence(x, y)
-        if has_odd:
-            order, signs = _order(y), signs | to_bits(y)
-            if is_wide:
-                is_odd = is_odd | (order < bound)
-                value = where(is_odd, splat(scalar(0.0, first_lane(y))), value)
-            else:
-                least = where(order < least, order, least)
-        return value, is_odd, least, signs
+    def evaluate(x, y, bound):
+        """The divergences of a vector, with 0 in place of those that are set apart, and the bits of these."""
+        like = first_lane(y)
+        value, is_good = values(x, y)
+        if _is_single(like):
+            is_good = is_good & (order(y, value) >= bound)
+            value = where(is_good, value, splat(scalar(0.0, like)))
+        return value, _bits_of_others(is_good, like)
 
     @subroutine
-    def add(x, x_at, y, y_at, n, scratch, exponent, state):
-        """Add the divergences of a tile to an exact sum, if they fit the grids of ``exponent``; whether they did.
+    def add(inputs, targets, places, x, x_at, y, y_at, n, exponent, state):
+        """Add the divergences of a tile to an exact sum, if they are as large as ``exponent`` says: how many of them
+        were set apart, or -1 if nothing was added.
 
-        Two vectors at a time, which go on the grids after the next two have been evaluated: the CPU, which looks some
-        three vectors ahead, finds independent chains there (in the second-level cache, 1.15 times as fast as one after
-        the other).
+        Two vectors at a time, which are added after the next two have been evaluated: the CPU, which looks some three
+        vectors ahead, finds independent chains there (in the second-level cache, 1.15 times as fast as one after the
+        other).
 
-        Narrow grids reach down to values of 2**(exponent - 44). Probabilities from 2**(exponent - 44 - CLOSE) on, with
-        logarithms 2**CLOSE apart, have none below, and one minimum over the tile tells whether there were any others.
-        (Of an odd value, what is added before it is known to be odd is taken off again.) Where there were negative
-        probabilities the tile does not fit, either; an infinite one makes a value that does not.
+        Of float32, a value below 2**(exponent - reach) may have bits below all that the sums hold. Probabilities from
+        2**(exponent - reach - CLOSE) on, with logarithms 2**CLOSE apart, give none; with log_target the values are
+        looked at. Where there were negative probabilities the tile does not fit; an infinite one makes a value that
+        does not.
         """
-        inputs, targets = scratch.narrow[0], scratch.narrow[1]
         like = inputs[0]
-        n_lanes = lanes(like)
-        zero = splat(scalar(0.0, like))
-        bound = _order_of_power(np.int64(SMALLEST) if is_wide else exponent - 44 - CLOSE, like)
-        least, signs = splat(integer_like(_LARGEST_INTEGER, like)), splat(integer_like(0, like))
-        odd, n_words = scratch.places[0], 0
+        n_lanes, zero = lanes(like), splat(scalar(0.0, like))
+        bound, signs = bound_of(exponent - reach, like), splat(integer_like(0, like))
+        odd, n_words = places[0], 0
         constants, sums = grids(zero, exponent), no_sums(zero)
         paired = n // (2 * n_lanes) * (2 * n_lanes)
         held, other_held = zero, zero
         for i in range(0, paired, 2 * n_lanes):
             j = i + n_lanes
-            value, is_odd, least, signs = evaluate(
-                load(x, x_at + i, like), load(y, y_at + i, like), bound, least, signs
-            )
-            other, other_is_odd, least, signs = evaluate(
-                load(x, x_at + j, like), load(y, y_at + j, like), bound, least, signs
-            )
-            sums = add_value(other_held, add_value(held, sums, constants), constants)
+            target, other_target = load(y, y_at + i, like), load(y, y_at + j, like)
+            value, bits = evaluate(load(x, x_at + i, like), target, bound)
+            other, other_bits = evaluate(load(x, x_at + j, like), other_target, bound)
+            signs = signs | to_bits(target) | to_bits(other_target)
+            sums = add_large(other_held, add_large(held, sums, constants), constants)
             held, other_held = value, other
-            if has_odd:
-                n_words = _note(odd, n_words, i, mask_bits(is_odd) | (mask_bits(other_is_odd) << n_lanes))
-        sums = add_value(other_held, add_value(held, sums, constants), constants)
+            if _is_single(like):
+                n_words = _note(odd, n_words, i, bits | (other_bits << n_lanes))
+        sums = add_large(other_held, add_large(held, sums, constants), constants)
         n_vectors = paired // n_lanes + 2  # (with the zeros that were held first)
         for slot in range(paired, n, n_lanes):
             # The last vector is laid to end with the tile; a tile shorter than a vector starts it.
@@ -226,48 +281,67 @@ def _make_add(divergence, has_odd, kind, is_wide):
             lane = iota(like)
             is_new = (lane >= splat(integer_like(slot - i, like))) & (lane < splat(integer_like(n - i, like)))
             target = where(is_new, load(y, y_at + i, like), zero)
-            value, is_odd, least, signs = evaluate(load(x, x_at + i, like), target, bound, least, signs)
-            sums = add_value(where(is_new, value, zero), sums, constants)
+            value, bits = evaluate(load(x, x_at + i, like), target, bound)
+            signs = signs | to_bits(target)
+            sums = add_large(where(is_new, value, zero), sums, constants)
             n_vectors += 1
-            if has_odd:
-                n_words = _note(odd, n_words, i, mask_bits(is_odd & is_new))
-        if has_odd:
-            if any_lane((least < bound) | (signs < splat(integer_like(0, like)))):
-                return False
-            n_odd = _gather_odd(x, x_at, y, y_at, odd, n_words, scratch.places[1], inputs, targets)
-            if not is_wide:
-                for k in range(0, n_odd, n_lanes):
-                    value, _ = divergence(load(inputs, k, like), load(targets, k, like))
-                    sums = add_value(-value, sums, constants)
-                    n_vectors += 1
-            _mend(inputs, targets, n_odd)
-            for k in range(0, n_odd, n_lanes):
-                sums = add_vector(load(targets, k, like), sums, constants)
-                n_vectors += 1
-        return add_sums(zero, state, sums, exponent, n_vectors, True)
+            if _is_single(like):
+                n_words = _note(odd, n_words, i, bits & mask_bits(is_new))
+        if of_probabilities and any_lane(signs < splat(integer_like(0, like))):
+            return -1
+        n_odd = _gather_odd(x, x_at, y, y_at, odd, n_words, places[1], inputs, targets)
+        mend(inputs, targets, n_odd)
+        for k in range(0, n_odd, n_lanes):
+            sums = add_vector(load(targets, k, like), sums, constants)
+            n_vectors += 1
+        return n_odd if add_sums(zero, state, sums, exponent, n_vectors, True) else -1
 
     return add
 
 
-_write, _write_log = _make_write(_divergence, True), _make_write(_log_divergence, False)
-_add, _add_log = _make_add(_divergence, True, NARROW, False), _make_add(_log_divergence, False, NARROW, False)
-_add_wide, _add_wide_log = _make_add(_divergence, True, WIDE, True), _make_add(_log_divergence, False, WIDE, True)
+_write, _write_log = _make_write(_OF_TARGET), _make_write(_OF_LOG_TARGET)
+_add_narrow, _add_wide = _make_add(_OF_TARGET, NARROW), _make_add(_OF_TARGET, WIDE)
+_add_log_narrow, _add_log_wide = _make_add(_OF_LOG_TARGET, NARROW), _make_add(_OF_LOG_TARGET, WIDE)
+
+_add_first = by_dtype(_make_add(_OF_TARGET, NARROWEST), _add_narrow)
+_add_second = by_dtype(_add_narrow, _add_wide)
+_add_log_first = by_dtype(_make_add(_OF_LOG_TARGET, NARROWEST), _add_log_narrow)
+_add_log_second = by_dtype(_add_log_narrow, _add_log_wide)
+
+
+@inline
+def _go_on(ledger, way):
+    """Take a way from the next tile on, the dearer ones for some tiles before the one before is tried again."""
+    ledger[WAY], ledger[WAY_TILES] = min(way, np.int64(WIDE_GRIDS)), STAY
 
 
 @subroutine
 def _add_tile(x, x_at, y, y_at, n, scratch, ledger, is_log):
-    """Add the divergences of a tile to the ledger's sum, if they fit the grids that are guessed; whether they did."""
-    guess, state = ledger[GUESS], ledger[:SECOND_SUM]
-    if guess == NO_GUESS:
+    """Add the divergences of a tile to the ledger's sum, if they are as large as was guessed; whether they were."""
+    inputs, targets, places = scratch.narrow[0], scratch.narrow[1], scratch.places
+    guess, state, way = ledger[GUESS], ledger[:SECOND_SUM], ledger[WAY]
+    if way == AS_BLOCK or guess == NO_GUESS:
         return False
-    if ledger[WIDE_TILES] > 0:
-        ledger[WIDE_TILES] -= 1
-        if is_log:
-            return _add_wide_log(x, x_at, y, y_at, n, scratch, guess, state)
-        return _add_wide(x, x_at, y, y_at, n, scratch, guess, state)
     if is_log:
-        return _add_log(x, x_at, y, y_at, n, scratch, guess, state)
-    return _add(x, x_at, y, y_at, n, scratch, guess, state)
+        if way == TWO_GRIDS:
+            n_apart = _add_log_first(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+        elif way == THREE_GRIDS:
+            n_apart = _add_log_second(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+        else:
+            n_apart = _add_log_wide(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+    elif way == TWO_GRIDS:
+        n_apart = _add_first(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+    elif way == THREE_GRIDS:
+        n_apart = _add_second(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+    else:
+        n_apart = _add_wide(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+    if n_apart * APART > n:
+        _go_on(ledger, way + 1)
+    elif way != TWO_GRIDS:
+        ledger[WAY_TILES] -= 1
+        if ledger[WAY_TILES] == 0:
+            _go_on(ledger, np.int64(AS_BLOCK) if way == THREE_GRIDS else way - 1)
+    return n_apart >= 0
 
 
 @inline
@@ -306,9 +380,9 @@ def _kl_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
     if wants_sum:
         guess = ledger[GUESS]
         ledger[GUESS] = add_block(ledger[:SECOND_SUM], values, n, np.int64(NO_GUESS))
-        # Where the guess was right, what did not fit spreads over too many binades for narrow grids.
-        if guess - 2 * MARGIN < ledger[GUESS] <= guess:
-            ledger[WIDE_TILES] = STAY_WIDE
+        # Where the guess was right, what did not fit spreads over too many binades for the way taken.
+        if ledger[WAY] == AS_BLOCK or guess - 2 * MARGIN < ledger[GUESS] <= guess:
+            _go_on(ledger, ledger[WAY] + 1)
 
 
 kl = make_kernel("kl", _kl_tile, light=ANY_NUMBER)

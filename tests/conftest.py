@@ -14,9 +14,13 @@ settings.load_profile("fastloss")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Whole files to each worker of ``-n``: what one has compiled, another finds in the cache."""
+    """Whole files to each worker of ``-n``: what one has compiled, another finds in the cache.
+
+    In the order of their names: by number of tests, the longest, which are single ones, would come last.
+    """
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log) if config.getoption("dist") == "load" else None
 
 

@@ -172,31 +172,21 @@ def _gather_odd(x, x_at, y, y_at, odd, n_words, numbers, inputs, targets):
 
 
 @inline
-def _mend(inputs, targets, n_odd):
+def _mend(inputs, targets, begin, end):
     """The divergences of some pairs, in float64, in place of the ``targets``."""
-    for k in range(0, n_odd, lanes(0.0)):
+    for k in range(begin, end, lanes(0.0)):
         store(targets, k, _any_divergence(load(inputs, k, 0.0), load(targets, k, 0.0)))
-
-
-@inline
-def _mend_log(inputs, targets, n_odd):
-    """As :func:`_mend`, in the data's own precision."""
-    like = targets[0]
-    for k in range(0, n_odd, lanes(like)):
-        value, _ = _log_divergence(load(inputs, k, like), load(targets, k, like))
-        store(targets, k, value)
 
 
 # The two divergences.
 #   values(x, y)            those of two vectors, and whether they are good enough
 #   order(y, value), bound(exponent, like)
 #                           what is at least ``bound`` where a good value is 0 or not below 2**exponent
-#   mend                    see _mend
-#   of_probabilities        whether negative targets are no numbers
-Divergence = namedtuple("Divergence", "values order bound mend of_probabilities")
+#   of_probabilities        whether some are not good enough, and negative targets are no numbers
+Divergence = namedtuple("Divergence", "values order bound of_probabilities")
 
-_OF_TARGET = Divergence(_divergence, _target_order, _target_bound, _mend, True)
-_OF_LOG_TARGET = Divergence(_log_divergence, _value_order, _value_bound, _mend_log, False)
+_OF_TARGET = Divergence(_divergence, _target_order, _target_bound, True)
+_OF_LOG_TARGET = Divergence(_log_divergence, _value_order, _value_bound, False)
 
 
 def _make_write(divergence):
@@ -221,7 +211,7 @@ def _make_write(divergence):
                 n_words = _note(odd, n_words, i, _bits_of_others(is_good, like))
         if of_probabilities and _is_single(like):
             n_odd = _gather_odd(x, x_at, y, y_at, odd, n_words, numbers, inputs, targets)
-            _mend(inputs, targets, n_odd)
+            _mend(inputs, targets, 0, n_odd)
             for k in range(n_odd):
                 values[numbers[k]] = targets[k]
 
@@ -229,7 +219,7 @@ def _make_write(divergence):
 
 
 def _make_add(divergence, kind):
-    values, order, bound_of, mend, of_probabilities = divergence
+    values, order, bound_of, of_probabilities = divergence
     grids, no_sums, add_vector, add_large, add_sums, reach = kind
 
     @inline
@@ -290,9 +280,14 @@ def _make_add(divergence, kind):
         if of_probabilities and any_lane(signs < splat(integer_like(0, like))):
             return -1
         n_odd = _gather_odd(x, x_at, y, y_at, odd, n_words, places[1], inputs, targets)
-        mend(inputs, targets, n_odd)
         for k in range(0, n_odd, n_lanes):
-            sums = add_vector(load(targets, k, like), sums, constants)
+            target = load(targets, k, like)
+            value, is_good = values(load(inputs, k, like), target)
+            if of_probabilities:
+                is_good = is_good & (_order(target) >= _order_of_power(np.int64(SMALLEST), like))
+                _mend(inputs, targets, k, k + n_lanes)
+                value = where(is_good, value, load(targets, k, like))
+            sums = add_vector(value, sums, constants)
             n_vectors += 1
         return n_odd if add_sums(zero, state, sums, exponent, n_vectors, True) else -1
 

@@ -29,7 +29,7 @@ from numba.core import cgutils, config, ir, types
 from numba.core.analysis import dead_branch_prune
 from numba.core.bytecode import ByteCode, FunctionIdentity
 from numba.core.callconv import RETCODE_NONE, RETCODE_OK
-from numba.core.codegen import JITCodeLibrary
+from numba.core.codegen import JITCodeLibrary, JITCPUCodegen
 from numba.core.compiler import Compiler, Flags, _make_subtarget
 from numba.core.compiler_machinery import register_pass
 from numba.core.cpu import CPUContext
@@ -404,6 +404,15 @@ class _HelperLibrary(JITCodeLibrary):
         return module
 
 
+class _PartLibrary(_HelperLibrary):
+    """The LLVM code of a part of a kernel that Numba makes for its threads: the body of the loop, and two functions
+    around it. Numba optimises and compiles each with all that it calls, before the kernel, with all of these.
+    """
+
+    def add_ir_module(self, ir_module):
+        self._final_module.link_in(llvm.parse_assembly(cgutils.normalize_ir_text(str(ir_module))))
+
+
 def _link(module, libraries):
     """Link some libraries into a module, and what they call in turn, each once, callers first; all of them."""
     found, left = {}, list(libraries)
@@ -440,6 +449,9 @@ class _KernelLibrary(JITCodeLibrary):
         for library in _link(self._final_module, self._linking_libraries):
             if hasattr(library, "_reload_init"):  # (Numba 0.61 has none.)
                 self._reload_init.update(library._reload_init)
+            if isinstance(library, _PartLibrary):
+                for function in library.get_defined_functions():  # of which what is not called can go
+                    self._final_module.get_function(function.name).linkage = "linkonce_odr"
         self._linking_libraries = []
         super().finalize()
 
@@ -576,11 +588,37 @@ register_model(Helper)(OpaqueModel)
 # ------------------------------------------------------------------------------------------------------- kernels
 
 
+class _PartCodegen(JITCPUCodegen):
+    """Numba's code generator, whose libraries are parts of a kernel."""
+
+    _library_class = _PartLibrary
+
+    def __init__(self, codegen):
+        self.__dict__ = codegen.__dict__
+
+
+class _PartTarget(CPUContext):
+    """A target context for the parts of a kernel, which are not to be called but by the kernel."""
+
+    def __init__(self, context):
+        self.__dict__.update(context.__dict__)
+        self._internal_codegen = _PartCodegen(context.codegen())
+        self.cached_internal_func = {}
+
+    def get_executable(self, library, fndesc, env):
+        return object() if isinstance(library, _PartLibrary) else super().get_executable(library, fndesc, env)
+
+
 class _IntoKernelLibrary:
     def run_pass(self, state):
-        state.library = _KernelLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        context = state.targetctx
+        state.library = _KernelLibrary(context.codegen(), state.func_id.func_qualname)
         state.library.enable_object_caching()
-        return super().run_pass(state)
+        state.targetctx = _PartTarget(context)
+        try:
+            return super().run_pass(state)
+        finally:
+            state.targetctx = context
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)

@@ -294,49 +294,50 @@ def _make_add(divergence, kind):
     return add
 
 
-_write, _write_log = _make_write(_OF_TARGET), _make_write(_OF_LOG_TARGET)
-_add_narrow, _add_wide = _make_add(_OF_TARGET, NARROW), _make_add(_OF_TARGET, WIDE)
-_add_log_narrow, _add_log_wide = _make_add(_OF_LOG_TARGET, NARROW), _make_add(_OF_LOG_TARGET, WIDE)
-
-_add_first = by_dtype(_make_add(_OF_TARGET, NARROWEST), _add_narrow)
-_add_second = by_dtype(_add_narrow, _add_wide)
-_add_log_first = by_dtype(_make_add(_OF_LOG_TARGET, NARROWEST), _add_log_narrow)
-_add_log_second = by_dtype(_add_log_narrow, _add_log_wide)
-
-
 @inline
 def _go_on(ledger, way):
     """Take a way from the next tile on, the dearer ones for some tiles before the one before is tried again."""
     ledger[WAY], ledger[WAY_TILES] = min(way, np.int64(WIDE_GRIDS)), STAY
 
 
-@subroutine
-def _add_tile(x, x_at, y, y_at, n, scratch, ledger, is_log):
-    """Add the divergences of a tile to the ledger's sum, if they are as large as was guessed; whether they were."""
-    inputs, targets, places = scratch.narrow[0], scratch.narrow[1], scratch.places
-    guess, state, way = ledger[GUESS], ledger[:SECOND_SUM], ledger[WAY]
-    if way == AS_BLOCK or guess == NO_GUESS:
-        return False
-    if is_log:
+def _make_take(divergence):
+    write = _make_write(divergence)
+    add_narrow, add_wide = _make_add(divergence, NARROW), _make_add(divergence, WIDE)
+    add_first, add_second = by_dtype(_make_add(divergence, NARROWEST), add_narrow), by_dtype(add_narrow, add_wide)
+
+    @subroutine
+    def add_tile(x, x_at, y, y_at, n, scratch, ledger):
+        """Add the divergences of a tile to the ledger's sum, if they are as large as was guessed; whether they were."""
+        inputs, targets, places = scratch.narrow[0], scratch.narrow[1], scratch.places
+        guess, state, way = ledger[GUESS], ledger[:SECOND_SUM], ledger[WAY]
+        if way == AS_BLOCK or guess == NO_GUESS:
+            return False
         if way == TWO_GRIDS:
-            n_apart = _add_log_first(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+            n_apart = add_first(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
         elif way == THREE_GRIDS:
-            n_apart = _add_log_second(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+            n_apart = add_second(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
         else:
-            n_apart = _add_log_wide(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
-    elif way == TWO_GRIDS:
-        n_apart = _add_first(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
-    elif way == THREE_GRIDS:
-        n_apart = _add_second(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
-    else:
-        n_apart = _add_wide(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
-    if n_apart * APART > n:
-        _go_on(ledger, way + 1)
-    elif way != TWO_GRIDS:
-        ledger[WAY_TILES] -= 1
-        if ledger[WAY_TILES] == 0:
-            _go_on(ledger, np.int64(AS_BLOCK) if way == THREE_GRIDS else way - 1)
-    return n_apart >= 0
+            n_apart = add_wide(inputs, targets, places, x, x_at, y, y_at, n, guess, state)
+        if n_apart * APART > n:
+            _go_on(ledger, way + 1)
+        elif way != TWO_GRIDS:
+            ledger[WAY_TILES] -= 1
+            if ledger[WAY_TILES] == 0:
+                _go_on(ledger, np.int64(AS_BLOCK) if way == THREE_GRIDS else way - 1)
+        return n_apart >= 0
+
+    @inline
+    def take_tile(x, x_at, y, y_at, n, scratch, ledger, values, may_add):
+        """Add the divergences of a tile, if they may be and fit, or write them; whether they were added."""
+        was_added = may_add and add_tile(x, x_at, y, y_at, n, scratch, ledger)
+        if not was_added:
+            write(x, x_at, y, y_at, n, scratch, values)
+        return was_added
+
+    return take_tile
+
+
+_take_tile, _take_log_tile = _make_take(_OF_TARGET), _make_take(_OF_LOG_TARGET)
 
 
 @inline
@@ -364,12 +365,13 @@ def _kl_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
         _stage(y, geometry, tiles.TARGET, start, n, offsets, scratch.other_stage)
         x_at, y_at = np.int64(0), np.int64(0)
         a, b = scratch.stage, scratch.other_stage
-    if wants_sum and not wants_rows and _add_tile(a, x_at, b, y_at, n, scratch, ledger, is_log):
-        return
+    may_add = wants_sum and not wants_rows
     if is_log:
-        _write_log(a, x_at, b, y_at, n, scratch, values)
+        was_added = _take_log_tile(a, x_at, b, y_at, n, scratch, ledger, values, may_add)
     else:
-        _write(a, x_at, b, y_at, n, scratch, values)
+        was_added = _take_tile(a, x_at, b, y_at, n, scratch, ledger, values, may_add)
+    if was_added:
+        return
     if wants_rows:
         tiles.put_rows(out, geometry, tiles.OUT, start, n, offsets, values)
     if wants_sum:

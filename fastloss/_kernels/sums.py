@@ -10,9 +10,9 @@ negative or exceed 2**32 for a while (an int64 has room for 2**30 additions) unt
 
 Adding one number to the accumulator takes some 5 ns; a block of them costs under 1 ns each by the pre-rounding method
 of Demmel and Nguyen (Parallel reproducible summation, IEEE Trans. Computers 64, 2015), see :func:`add_block`. A kernel
-that makes a value per element adds them as they are made, in registers, by the functions of :data:`NARROW` or
-:data:`WIDE` grids, with an exponent guessed from the block before: any that fits gives the same sum, because the sum is
-exact, and whether it fits is seen at the end.
+that makes a value per element adds them as they are made, in registers, by the functions of some :class:`Grids`, with
+an exponent guessed from the block before: any that fits gives the same sum, because the sum is exact, and whether it
+fits is seen at the end.
 """
 
 import math

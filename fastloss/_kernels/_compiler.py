@@ -6,6 +6,7 @@ into which LLVM has inlined it, goes the same way. Here
 
 * a helper (:class:`Helper`) goes through the passes that its language needs and ends as LLVM code, which is optimised
   and compiled once, with the kernel's (:class:`_HelperLibrary`, :class:`_KernelLibrary`);
+* so do the parts that Numba makes of a parallel kernel (:class:`_PartLibrary`);
 * what a call was resolved to, and how an operation is lowered, is found once (:class:`_Typing`, :class:`_Target`);
 * Python's garbage collector, which would look through all of Numba again and again, rests.
 
@@ -406,7 +407,10 @@ class _HelperLibrary(JITCodeLibrary):
 
 class _PartLibrary(_HelperLibrary):
     """The LLVM code of a part of a kernel that Numba makes for its threads: the body of the loop, and two functions
-    around it. Numba optimises and compiles each with all that it calls, before the kernel, with all of these.
+    around it.
+
+    Numba optimises and compiles each with all that it calls, and then the kernel with all of them: the same code four
+    times over (cross-entropy of contiguous classes takes 4.8 seconds, 1.8 as it is here).
     """
 
     def add_ir_module(self, ir_module):

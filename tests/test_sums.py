@@ -129,23 +129,27 @@ class TestAgainstFsum:
         assert exact_sum(values, 256, 4) == math.fsum(values)
 
 
-def _make_guess_sum(kind):
-    grids, no_sums, add_vector, _, add_sums, _ = kind
+def _make_sum(kind):
+    grids, no_sums, add_vector, add_large, add_sums, _ = kind
 
     @numba.njit
-    def guess_sum(values, exponent, state):
-        like = values[0]
+    def sum_on_grids(large, others, exponent, state):
+        like = large[0] if len(large) else others[0]
         vector = splat(like)
         constants, sums = grids(vector, exponent), no_sums(vector)
-        for i in range(0, len(values), lanes(like)):
-            sums = add_vector(load(values, i, like), sums, constants)
-        was_exact = add_sums(vector, state, sums, exponent, len(values) // lanes(like), True)
-        return was_exact, rounded(state)
+        for i in range(0, len(large), lanes(like)):
+            sums = add_large(load(large, i, like), sums, constants)
+        for i in range(0, len(others), lanes(like)):
+            sums = add_vector(load(others, i, like), sums, constants)
+        n_vectors = (len(large) + len(others)) // lanes(like)
+        return add_sums(vector, state, sums, exponent, n_vectors, True), rounded(state)
 
-    return guess_sum
+    return sum_on_grids
 
 
-_guess_sum = {kind: _make_guess_sum(kind) for kind in (NARROWEST, NARROW, WIDE)}
+_KINDS = {"narrowest": NARROWEST, "narrow": NARROW, "wide": WIDE}
+_sum_on = {kind: _make_sum(kind) for kind in _KINDS.values()}
+EVERY_KIND = pytest.mark.parametrize("kind", _KINDS.values(), ids=_KINDS)
 
 
 @numba.njit
@@ -160,13 +164,13 @@ def guessed_sum(values, exponent, dtype, kind=NARROW):
     padded = np.zeros(-(-len(values) // 16) * 16, dtype)
     padded[: len(values)] = values
     state = np.zeros(STATE_SIZE, np.int64)
-    was_exact, total = _guess_sum[kind](padded, exponent, state)
+    was_exact, total = _sum_on[kind](padded[:0], padded, exponent, state)
     assert was_exact or not state.any()
     return total if was_exact else None
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("kind", [NARROWEST, NARROW, WIDE], ids=["narrowest", "narrow", "wide"])
+@EVERY_KIND
 class TestGuesses:
     """Grids laid for an exponent that is not the values'."""
 
@@ -254,35 +258,14 @@ class TestGuesses:
             assert exact_sum(values, dtype=dtype) == math.fsum(values)
 
 
-def _make_sum_of_large(kind):
-    grids, no_sums, add_vector, add_large, add_sums, _ = kind
-
-    @numba.njit
-    def sum_of_large(large, others, exponent, state):
-        like = large[0]
-        vector = splat(like)
-        constants, sums = grids(vector, exponent), no_sums(vector)
-        for i in range(0, len(large), lanes(like)):
-            sums = add_large(load(large, i, like), sums, constants)
-        for i in range(0, len(others), lanes(like)):
-            sums = add_vector(load(others, i, like), sums, constants)
-        n_vectors = (len(large) + len(others)) // lanes(like)
-        return add_sums(vector, state, sums, exponent, n_vectors, True), rounded(state)
-
-    return sum_of_large
-
-
-_sum_of_large = {kind: _make_sum_of_large(kind) for kind in (NARROWEST, NARROW, WIDE)}
-
-
-@pytest.mark.parametrize("kind", [NARROWEST, NARROW, WIDE], ids=["narrowest", "narrow", "wide"])
+@EVERY_KIND
 class TestLargeValues:
     """Those of float32 that reach no lower than a kind says, whose bits are not looked for below."""
 
     def check(self, kind, large, others, exponent):
         state = np.zeros(STATE_SIZE, np.int64)
         arrays = (np.array(values, np.float32) for values in (large, others))
-        was_exact, total = _sum_of_large[kind](*arrays, exponent, state)
+        was_exact, total = _sum_on[kind](*arrays, exponent, state)
         assert was_exact
         assert total == math.fsum([*map(float, large), *map(float, others)])
 
@@ -310,7 +293,7 @@ class TestLargeValues:
         for large, others in (([special] + [1.0] * 15, [1.0] * 16), ([1.0] * 16, [special] + [1.0] * 15)):
             state = np.zeros(STATE_SIZE, np.int64)
             arrays = (np.array(values, np.float32) for values in (large, others))
-            assert not _sum_of_large[kind](*arrays, 0, state)[0]
+            assert not _sum_on[kind](*arrays, 0, state)[0]
             assert not state.any()
 
 

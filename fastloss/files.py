@@ -146,7 +146,9 @@ def _map(file: IO[bytes]) -> Array:
 
     (As ``np.load`` does it, which opens the file three times more.) Where the system keeps a file in large pieces, as
     ext4 of Linux 6.18 does, mapping it costs a few percent of scoring it. Where it keeps single pages, each costs more
-    than to score it; but so it does to read it into a buffer, copied besides: slower in every case measured.
+    than to score it; but so it does to read it into a buffer, copied besides: slower in every case measured. What the
+    map itself reads from the disk comes in single pages, unless huge ones are asked for: 65,536 x 1000 took 0.20 s
+    from the disk and 1.1 times a call in memory ever after, instead of 0.27 s and 1.45 times.
     """
     file.seek(0)
     version = np.lib.format.read_magic(file)
@@ -157,6 +159,9 @@ def _map(file: IO[bytes]) -> Array:
         raise ValueError("an array of Python objects")
     begin = file.tell()
     memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a Linux built without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return np.ndarray(shape, dtype, memory, begin, order="F" if is_fortran else "C")
 
 

@@ -900,7 +900,7 @@ def _logsumexp(
 ) -> Array:
     """Log-sum-exp over some axes, which are gone from the result (``kept`` is its shape if the call is remembered)."""
     runtime = _forks.runtime()
-    from fastloss._kernels import losses
+    from fastloss._kernels import driver, losses
 
     shape = tuple(n for a, n in enumerate(values.shape) if a not in axes)
     n_classes = math.prod(values.shape[a] for a in axes)
@@ -921,6 +921,8 @@ def _logsumexp(
         n_rows = x.size // n_classes
         in_rows = _is_in_rows(n_rows, n_classes, x.strides[-1] == x.itemsize)
         tile = _views.tile_rows(n_rows, n_classes, in_rows)
+        if not in_rows and n_classes > driver.GROUP:
+            tile = _views.wide_tile_rows(n_rows, -(-n_classes // driver.CHUNK), runtime.num_threads())
         arrays = ((x, len(shape)), (result, None))
         (flat, flat_out), table = _views.lay_out(x.shape[:-1], n_classes, tile, arrays, dtype, _views.Options())
         kernel = losses.logsumexp_rows if in_rows else losses.logsumexp_planes

@@ -185,6 +185,20 @@ class TestLayouts:
         np.testing.assert_array_equal(cross_entropy(x, layout(y), reduction="none"), expected)
         np.testing.assert_array_equal(cross_entropy(layout(x), y, reduction="none"), expected)
 
+    @pytest.mark.parametrize("n_rows", [17, 300])
+    @pytest.mark.parametrize("n_classes", [1025, 1040, 1537, 8193])
+    def test_columns_of_many_groups(self, rng, n_rows, n_classes):
+        """A group is copied while the one before is summed."""
+        x = make_logits(rng, (n_classes, n_rows), np.float32, 10)
+        x[rng.integers(0, n_classes, n_rows), np.arange(n_rows)] = 50
+        t, y = make_targets(rng, x.T.shape), make_probabilities(rng, x.T.shape, np.float32)
+        weight = np.linspace(0.5, 2, n_classes)
+        for target, reference in ((t, references.cross_entropy), (y, references.cross_entropy_probabilities)):
+            options = {"weight": weight, "label_smoothing": 0.1, "reduction": "none"}
+            got = cross_entropy(x.T, target, **options)
+            assert_close(got, reference(x.T, target, **options), np.float32)
+            np.testing.assert_array_equal(got, cross_entropy(np.ascontiguousarray(x.T), target, **options))
+
     def test_weights(self, rng, layout):
         x, t = make_logits(rng, (10, 13), np.float32), make_targets(rng, (10, 13))
         weight = rng.random(13).astype(np.float32)

@@ -127,17 +127,46 @@ class TestLayouts:
         x = (rng.normal(size=(3, 5, 7)) * 4).astype(np.float32)
         assert_close(logsumexp(layout(x), axis), references.logsumexp(x, axis), np.float32)
 
-    @pytest.mark.parametrize("n_rows", [7, 17, 300, 513, 600])
+    @pytest.mark.parametrize("n_rows", [7, 17, 300, 1100])
     @pytest.mark.parametrize("n_classes", [1023, 1024, 1025, 1040, 1536, 1537, 2049, 8193, 8720])
     def test_columns_of_many_groups(self, rng, n_rows, n_classes):
-        """A group is copied while the one before is summed; maxima anywhere, masked classes, columns of no number."""
+        """Maxima anywhere, masked classes, columns of no number."""
         x = (10 * rng.normal(size=(n_classes, n_rows))).astype(np.float32)
         x[rng.integers(0, n_classes, 9)] = -INF
         x[rng.integers(0, n_classes, n_rows), np.arange(n_rows)] = 50
         x[n_classes // 2, 2], x[-1, 3], x[:, 4] = NAN, INF, -INF
+        x[[3, -2], 5], x[[1, 1000], 6] = INF, [NAN, INF]
         got = logsumexp(x, 0)
         assert_close(got, references.logsumexp(x.T, 1), np.float32)
         np.testing.assert_array_equal(got, logsumexp(np.ascontiguousarray(x.T), 1))
+
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    @pytest.mark.parametrize("n_classes", [1025, 1296, 1303, 8200, 9000])
+    def test_columns_whose_maximum_comes_late(self, rng, dtype, n_classes):
+        """A block of 256 classes is summed relative to the largest of the first of its chunk of 8192, as long as its
+        own largest is no more than 2 above.
+        """
+        x = rng.normal(size=(n_classes, 40))
+        rising = np.linspace(0, 1, n_classes)
+        for i, height in enumerate((0.5, 2, 3, 50, 500, 60_000)):
+            x[:, i] = x[:, i + 6] = rising * height
+            x[::-1, i + 6] = x[:, i]
+        for i, step in enumerate((1.99, 2, 2.01, 39, 41, 200)):
+            x[:, 12 + i] = np.where(np.arange(n_classes) < 300, -step, 0.25)
+            x[:, 18 + i] = np.where(np.arange(n_classes) // 256 % 2 == 0, -step, 0)
+        x[:256, 24] = x[:-1, 25] = x[:8192, 26] = -INF
+        x[256:, 27] = -INF
+        x[:, 28:30], x[0, 28], x[-1, 29] = -30, 0, 0  # the remainder's digits
+        x[:, 30], x[700, 30], x[701, 31] = -INF, NAN, NAN
+        x = x.astype(dtype)
+        got = logsumexp(x, 0)
+        assert_close(got, references.logsumexp(x.T, 1), np.result_type(dtype, np.float32))
+        for rows in (np.ascontiguousarray(x.T), np.repeat(x.T, 2, 1)[:, ::2]):
+            np.testing.assert_array_equal(logsumexp(rows, 1), got)
+            np.testing.assert_array_equal([logsumexp(row, 0) for row in rows], got)
+        remainder = (n_classes - 1) * math.exp(-30)
+        eps = np.finfo(got.dtype).eps
+        np.testing.assert_allclose(got[28:30], math.log1p(remainder), rtol=8 * eps)
 
     def test_zero_strides(self, rng, frozen):
         x = np.broadcast_to(frozen(rng.normal(size=(6, 1, 7)).astype(np.float32)), (6, 5, 7))

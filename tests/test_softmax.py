@@ -96,6 +96,18 @@ class TestLayouts:
             expected = function(x, axis)
             np.testing.assert_array_equal(function(layout(x), axis), expected, strict=True)
 
+    @pytest.mark.parametrize("n_rows", [17, 300])
+    @pytest.mark.parametrize("n_classes", [1025, 1040, 1537, 8193, 8720])
+    def test_columns_of_many_groups(self, rng, function, reference, n_rows, n_classes):
+        """A group is copied while the one before is summed; maxima anywhere, masked classes, columns of no number."""
+        x = (10 * rng.normal(size=(n_classes, n_rows))).astype(np.float32)
+        x[rng.integers(0, n_classes, 9)] = -INF
+        x[rng.integers(0, n_classes, n_rows), np.arange(n_rows)] = 50
+        x[n_classes // 2, 2], x[-1, 3], x[:, 4] = NAN, INF, -INF
+        got = function(x, 0)
+        assert_close(got, reference(x, 0), np.float32)
+        np.testing.assert_array_equal(got.T, function(np.ascontiguousarray(x.T), 1))
+
     def test_zero_strides(self, rng, frozen, function, reference):
         x = np.broadcast_to(frozen(rng.normal(size=(6, 1, 7)).astype(np.float32)), (6, 5, 7))
         for axis in range(3):

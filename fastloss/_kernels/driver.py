@@ -55,7 +55,7 @@ STAGED_ROWS = 64
 #   places    int64: the rows' offsets in the input, in another array, and the targets
 #   narrow    compute dtype: a few values per row
 #   wide      float64: a few values per row
-#   sums      compute dtype: one value per lane and row, three times
+#   sums      compute dtype: one value per lane and row, four times
 #   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a
 #             batch of the result's
 #   kept      compute dtype: a block of classes, for the kernels that keep what they have computed
@@ -100,7 +100,7 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
     wide = places + 24 * width
     narrow = wide + n_wide * 8 * width
     sums = narrow + n_narrow * out.itemsize * width
-    stage = sums + 3 * out.itemsize * n_lane_sums
+    stage = sums + 4 * out.itemsize * n_lane_sums
     other_stage = stage + _padded(n_staged * x.itemsize)
     out_stage = other_stage + _padded(n_others * y.itemsize)
     kept = out_stage + _padded(n_out * out.itemsize)
@@ -111,7 +111,7 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
         take_rows(memory, places, 3, width, np.int64(0)),
         take_rows(memory, narrow, n_narrow, width, out),
         take_rows(memory, wide, n_wide, width, np.float64(0)),
-        take_rows(memory, sums, 3, n_lane_sums, out),
+        take_rows(memory, sums, 4, n_lane_sums, out),
         take(memory, stage, n_staged, x),
         take(memory, other_stage, n_others, y),
         take(memory, out_stage, n_out, out),

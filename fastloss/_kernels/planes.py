@@ -34,13 +34,16 @@ from fastloss._kernels._simd import (
 from fastloss._kernels._vecmath import exp, exp_falling, exp_falling_difference
 from fastloss._kernels.driver import BATCH, BLOCK, CHUNK, GROUP, STAGED_ROWS, group_size, record_at
 from fastloss._kernels.rows import (
+    SLACK,
     add_term,
     close_segment,
     entry,
     finite_shift,
     gather_targets,
+    held_term,
     merge,
     put_record,
+    rest_of_chunk,
     target_term,
     two_sum,
     whole_rest,
@@ -54,11 +57,15 @@ from fastloss._kernels.rows import (
 AHEAD = 4
 
 # Of more classes than a group has, the next tile would be asked for too early: its rows are asked for so many classes
-# ahead. Log-sum-exp of 65,536 x 1000 along axis 0 takes 1.1 times as long with 8, and 1.25 times without.
+# ahead. Log-sum-exp of 65,536 x 1000 along axis 0 takes 1.2 times as long without, and with 256.
 AHEAD_OF_MANY = 64
 
 # Classes that are searched for a maximum between a load and a store of the maxima so far.
 SEARCHED = 4
+
+# Classes of a lane that are added between a load and a store of its sum: log-sum-exp of 65,536 x 1000 along axis 0
+# takes 1.08 times as long with one.
+TOGETHER = 4
 
 # How far ahead of rows of up to eight classes, which are read where they lie, memory is asked for, in bytes: 2 x 5 x 96
 # x 128 x 128 takes 1.15 times as long without, and with 1024.
@@ -497,8 +504,8 @@ def _copy_ahead(x, origin, stride, n, n_slots, place, end, count, stage, staged,
     the ``largest``, but for NaN; this ``count`` times, up to class ``end``. ``place`` is the class and the slot
     to begin with; returns those that follow.
 
-    So many classes at a time, for the stage to be written in runs of whole lines as well (4 classes: 1.15 times as
-    long).
+    So many classes at a time, for the stage to be written in runs of whole lines as well (4 classes: label
+    smoothing of 4 x 20,000 x 256 takes 1.09 times as long).
     """
     like = largest[0]
     n_lanes = lanes(like)
@@ -634,9 +641,12 @@ def _max_shift_classes(
     Passes over memory: one, which finds the maxima of a group of classes and leaves a copy of it in the second-level
     cache (where the planes themselves, a power of two apart, would share a few of its sets). The copy is summed a
     vector of rows and a lane at a time, so that the sums stay in registers. Meanwhile the next group is searched and
-    copied: waiting for memory takes turns with arithmetic (log-sum-exp of 65,536 x 1000 along axis 0 takes 1.5 times
-    as long one after the other).
+    copied: waiting for memory takes turns with arithmetic (label smoothing of 4 x 20,000 x 256 takes 1.25 times as long
+    one after the other).
     """
+    if weight is None and geometry[tiles.N_CLASSES] > GROUP and not exact:
+        _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scratch)
+        return
     like = largest[0]
     n_lanes = lanes(like)
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
@@ -751,6 +761,199 @@ def _max_shift_classes(
                     largest[row + i], rest[row + i], moment[row + i], mass[row + i],
                     chunk_largest[at], whole, chunk_moment[at], chunk_mass[at],
                 )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------- shift by about the maximum: long rows
+
+
+@inline
+def _find_shifts(source, at, step, n, n_slots, count, shifts):
+    """The largest of ``count`` classes of each row, but for NaN."""
+    like = shifts[0]
+    n_lanes = lanes(like)
+    for slot in range(0, n_slots, n_lanes):
+        store(shifts, slot, splat(scalar(-np.inf, like)))
+    for first in range(0, count, SEARCHED):
+        for slot in range(0, n_slots, n_lanes):
+            place = at + row_of(slot, n, n_lanes)
+            largest = load(shifts, slot, like)
+            for c in range(first, min(first + SEARCHED, count)):
+                prefetch_l2(source, place + (c + AHEAD_OF_MANY) * step, 0)
+                v = load(source, place + c * step, like)
+                largest = where(v > largest, v, largest)
+            store(shifts, slot, largest)
+
+
+@inline
+def _finite_shifts(shifts, slot, like):
+    """:func:`fastloss._kernels.rows.finite_shift` of a vector of rows."""
+    shift, lowest = load(shifts, slot, like), splat(scalar(-np.inf, like))
+    return where(shift > lowest, shift, splat(scalar(0.0, like)))
+
+
+@inline
+def _load_low(lows, at, like):
+    """What a lane's sum has lost: float64 sums alone keep it."""
+    return load(lows, at, like) if lanes(like) == lanes(0.0) else splat(scalar(0.0, like))
+
+
+@inline
+def _store_lane(sums, lows, held, at, total, low, largest):
+    store(sums, at, total)
+    store(held, at, largest)
+    if lanes(first_lane(total)) == lanes(0.0):
+        store(lows, at, low)
+
+
+@subroutine
+def _sum_many_classes(source, at, step, n, begin, end, count, width, shifts, held, next_held, sums, lows):
+    """The lanes' sums of a block of ``count`` classes for the slots ``begin .. end``, and what is held back after it;
+    see :func:`fastloss._kernels.rows.held_term`.
+
+    Class by class, as they lie in memory, but that the next ones of the same lane go along: so the sums are loaded and
+    stored less often.
+    """
+    like = shifts[0]
+    n_lanes = lanes(like)
+    zero = splat(scalar(0.0, like))
+    whole = count // n_lanes * n_lanes
+    if whole == 0:
+        for lane in range(0, n_lanes * width, width):
+            for slot in range(lane + begin, lane + end, n_lanes):
+                _store_lane(sums, lows, next_held, slot, zero, zero, load(held, slot, like))
+    for first in range(0, whole, TOGETHER * n_lanes):
+        last = min(first + TOGETHER * n_lanes, whole)
+        for lane in range(n_lanes):
+            for slot in range(begin, end, n_lanes):
+                place, to = at + row_of(slot, n, n_lanes), lane * width + slot
+                shift = _finite_shifts(shifts, slot, like)
+                total = zero if first == 0 else load(sums, to, like)
+                low = zero if first == 0 else _load_low(lows, to, like)
+                largest = load(held if first == 0 else next_held, to, like)
+                for c in range(first + lane, last, n_lanes):
+                    prefetch_l2(source, place + (c + AHEAD_OF_MANY) * step, 0)
+                    v = load(source, place + c * step, like)
+                    largest, total, low = held_term(v, largest, shift, total, low)
+                _store_lane(sums, lows, next_held, to, total, low, largest)
+    for c in range(whole, count):
+        for slot in range(begin, end, n_lanes):
+            to = (c - count + n_lanes) * width + slot
+            v = load(source, at + row_of(slot, n, n_lanes) + c * step, like)
+            total, low, largest = load(sums, to, like), _load_low(lows, to, like), load(next_held, to, like)
+            largest, total, low = held_term(v, largest, _finite_shifts(shifts, slot, like), total, low)
+            _store_lane(sums, lows, next_held, to, total, low, largest)
+
+
+@inline
+def _largest_held(held, slot, width, like):
+    largest = load(held, slot, like)
+    for lane in range(1, lanes(like)):
+        v = load(held, lane * width + slot, like)
+        largest = where(v > largest, v, largest)
+    return largest
+
+
+@inline
+def _complete_lanes(sums, lows, held, slot, width, shifts, largest, is_last):
+    """The sums of a block's lanes, ready to be folded; those of the ``is_last`` one of a chunk with all that the lanes
+    hold back but one maximum.
+    """
+    like = first_lane(largest)
+    zero, one, lowest = splat(scalar(0.0, like)), splat(scalar(1.0, like)), splat(scalar(-np.inf, like))
+    shift, is_met = _finite_shifts(shifts, slot, like), zero
+    for lane in range(lanes(like)):
+        at = lane * width + slot
+        total, low, v = load(sums, at, like), _load_low(lows, at, like), load(held, at, like)
+        if is_last:
+            other = where((v == largest) & (is_met == zero), lowest, v)
+            is_met = where(v == largest, one, is_met)
+            _, total, low = held_term(other, v, shift, total, low)
+        store(sums, at, total + low)
+
+
+@inline
+def _raise_shifts(shifts, found, slot, chunk_rest, rest_low, base, older):
+    """Close the segment of each row of a vector that has a class too far above its shift; see
+    :func:`fastloss._kernels.rows.close_segment`.
+    """
+    for i in range(slot, slot + lanes(shifts[0])):
+        if found[i] > shifts[i] + scalar(SLACK, shifts[0]):
+            if shifts[i] > -np.inf:
+                base[i], older[i] = close_segment(shifts[i], chunk_rest[i], rest_low[i], 0.0, base[i], older[i])
+                chunk_rest[i] = 0.0
+                rest_low[i] = 0.0
+            shifts[i] = found[i]
+
+
+@inline
+def _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scratch):
+    """:func:`_max_shift_classes` of the logits alone of rows of several groups; see
+    :func:`fastloss._kernels.rows._many_classes_row`.
+
+    Passes over memory: one, in which a block is summed before its maxima are known. Where one turns out to lie too far
+    above its row's shift, these rows are summed again.
+    """
+    like = largest[0]
+    n_lanes = lanes(like)
+    stride, width = tiles.class_stride(geometry, tiles.INPUT), tiles.scratch_width(geometry)
+    sums, lows, held, next_held = scratch.sums[0], scratch.sums[1], scratch.sums[2], scratch.sums[3]
+    base, shifts, found = scratch.narrow[2], scratch.narrow[3], scratch.narrow[4]
+    chunk_rest, rest_low, older = scratch.wide[0], scratch.wide[1], scratch.wide[2]
+    n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
+    direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
+    source, step = x if direct else scratch.stage, stride if direct else width
+    for i in range(n):
+        largest[i] = -np.inf
+        rest[i] = 0.0
+    for chunk in range(begin, end, CHUNK):
+        chunk_end = min(chunk + CHUNK, end)
+        for slot in range(n_slots):
+            base[slot] = -np.inf
+            older[slot] = 0.0
+            chunk_rest[slot] = 0.0
+            rest_low[slot] = 0.0
+        for i in range(0, n_lanes * width, n_lanes):
+            store(held, i, splat(scalar(-np.inf, like)))
+        for low in range(chunk, chunk_end, BLOCK):
+            high = min(low + BLOCK, chunk_end)
+            at = offsets[0] + low * stride if direct else np.int64(0)
+            if not direct:
+                _stage_block(x, offsets, n, low, high, stride, False, width, scratch.stage, like)
+            if low == chunk:
+                _find_shifts(source, at, step, n, n_slots, high - low, shifts)
+            _sum_many_classes(source, at, step, n, 0, n_slots, high - low, width, shifts, held, next_held, sums, lows)
+            for slot in range(0, n_slots, n_lanes):
+                block_largest = _largest_held(next_held, slot, width, like)
+                if any_lane(block_largest > load(shifts, slot, like) + splat(scalar(SLACK, like))):
+                    store(found, slot, block_largest)
+                    _raise_shifts(shifts, found, slot, chunk_rest, rest_low, base, older)
+                    _sum_many_classes(
+                        source, at, step, n, slot, slot + n_lanes, high - low, width, shifts,
+                        held, next_held, sums, lows,
+                    )  # fmt: skip
+                if high == chunk_end or n_lanes == lanes(0.0):
+                    _complete_lanes(sums, lows, next_held, slot, width, shifts, block_largest, high == chunk_end)
+            held, next_held = next_held, held
+            _fold(sums, n_lanes, n_slots, width, like)
+            _add_rests(chunk_rest, rest_low, sums, n_slots)
+        for slot in range(0, n_slots, n_lanes):
+            row = row_of(slot, n, n_lanes)
+            store(found, slot, _largest_held(held, slot, width, like))
+            for i in range(max(0, slot - row), n_lanes):
+                at = slot + i
+                whole = rest_of_chunk(
+                    x, offsets[row + i], stride, chunk, chunk_end, found[at], shifts[at],
+                    chunk_rest[at], rest_low[at], base[at], older[at],
+                )  # fmt: skip
+                if chunk > begin:
+                    found[at], whole, _, _ = merge(
+                        largest[row + i], rest[row + i], 0.0, 0.0, found[at], whole, 0.0, 0.0
+                    )
+                largest[row + i] = found[at]
+                rest[row + i] = whole
+
+
+# ------------------------------------------------------------------------------------------------------- outputs
 
 
 @inline

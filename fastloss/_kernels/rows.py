@@ -23,6 +23,8 @@ from fastloss._kernels._simd import (
     lanes,
     load,
     load_one,
+    lowest_bit,
+    mask_bits,
     prefetch,
     prefetch_l2,
     scalar,
@@ -44,6 +46,11 @@ GRID = 1.5 * 2.0**8
 
 # How much the maximum of a chunk may grow before what was summed relative to its first is scaled down.
 LARGE_GROWTH = 40.0
+
+# How far classes of a long row may lie above the shift, see _many_classes_row(): the rounding of so small a difference
+# changes its exponential by half a unit in the last place. Of 8192 normal numbers the largest is never so far above the
+# largest of the first 256, so one shift does.
+SLACK = 2.0
 
 
 # ------------------------------------------------------------------------------------------- shift by the target
@@ -171,9 +178,10 @@ def _max_group(x, origin, low, high, n_classes, like):
         a = _larger(load(x, at, like), a)
         at += n_lanes
     if end < high:
-        begin, _, last = tail(low, high, n_classes, n_lanes)
-        v = load(x, begin - origin, like)
-        b = _larger(where(iota(like) < splat(integer_like(last, like)), v, lowest), b)
+        begin, first, last = tail(low, high, n_classes, n_lanes)
+        lane = iota(like)
+        valid = (lane >= splat(integer_like(first, like))) & (lane < splat(integer_like(last, like)))
+        b = _larger(where(valid, load(x, begin - origin, like), lowest), b)
     return tree_max(_larger(_larger(a, b), _larger(c, d)))
 
 
@@ -187,7 +195,7 @@ def class_mass(y, index, weight, c, keep, spread, like):
 
 @inline
 def add_term(e, differs, total, low):
-    """Add exp(x - shift) to a lane's sum where x != shift.
+    """Add exp(x - shift) to a lane's sum where x != shift; without that mask, everywhere.
 
     In float64, with no wider type for the sums of lanes to go to, a term is taken apart into a multiple of 2**-44,
     which sums of up to 2**9 hold exactly, and what is left, of which next to nothing is lost (1000 float64 classes:
@@ -195,10 +203,12 @@ def add_term(e, differs, total, low):
     """
     like = first_lane(e)
     if lanes(like) == lanes(0.0):
-        e, grid = where(differs, e, splat(scalar(0.0, like))), splat(scalar(GRID, like))
+        if differs is not None:
+            e = where(differs, e, splat(scalar(0.0, like)))
+        grid = splat(scalar(GRID, like))
         high = (e + grid) - grid
         return total + high, low + (e - high)
-    return where(differs, total + e, total), low
+    return total + e if differs is None else where(differs, total + e, total), low
 
 
 @inline
@@ -366,6 +376,140 @@ def _sum_blocks(
     return rest, rest_low, moment, mass, np.float64(tree_sum(ties)), tree_max(ahead_largest), block
 
 
+# ------------------------------------------------------------------------- shift by about the maximum: long rows
+
+
+@inline
+def held_term(v, held, shift, total, low):
+    """Add to a lane's sum the term of the lesser of v and the class ``held`` back, and hold the larger one back."""
+    lesser = where(held < v, held, v)  # NaN if v is
+    total, low = add_term(exp_falling(lesser - shift), None, total, low)
+    return where(v > held, v, held), total, low
+
+
+@inline
+def _many_classes_block(x, origin, ahead, low, high, n_classes, shift, held, ahead_largest, is_last):
+    """Of the classes ``low .. high``: the lanes' sums, see :func:`held_term`, the classes held back, and the larger of
+    ``ahead_largest`` and the elements ``ahead`` places behind. The ``is_last`` block of a chunk adds what is held.
+    """
+    like = shift
+    n_lanes = lanes(like)
+    shifts, lane = splat(shift), iota(like)
+    total, total_low = splat(scalar(0.0, like)), splat(scalar(0.0, like))
+    end = low + (high - low) // n_lanes * n_lanes
+    for c in range(low, end, n_lanes):
+        at = c - origin
+        prefetch(x, at + ahead, AHEAD)
+        v = load(x, at, like)
+        ahead_largest = _larger(load(x, at + ahead, like), ahead_largest)
+        held, total, total_low = held_term(v, held, shifts, total, total_low)
+    if end < high:
+        begin, first, _ = tail(low, high, n_classes, n_lanes)
+        valid = lane >= splat(integer_like(first, like))
+        v = load(x, begin - origin, like)
+        ahead_largest = _larger(load(x, begin - origin + ahead, like), ahead_largest)
+        # What is no class of the block changes nothing.
+        v = where(valid, v, splat(scalar(-np.inf, like)))
+        held, total, total_low = held_term(v, held, shifts, total, total_low)
+    if is_last:
+        place = lowest_bit(mask_bits(held == splat(tree_max(held))))
+        others = where(lane == splat(integer_like(place, like)), splat(scalar(-np.inf, like)), held)
+        _, total, total_low = held_term(others, held, shifts, total, total_low)
+    return total + total_low, held, ahead_largest
+
+
+@subroutine
+def _sum_many_classes(x, origin, ahead, low, high, chunk_end, n_classes, shift, held, rest, rest_low):
+    """:func:`_sum_blocks` for :func:`_many_classes_row`: up to ``high``, or to before a block with a class too far
+    above the ``shift``.
+    """
+    zero, lowest = splat(scalar(0.0, shift)), splat(scalar(-np.inf, shift))
+    limit = splat(shift + scalar(SLACK, shift))
+    finite = finite_shift(shift)
+    ahead_largest, total = lowest, zero
+    block = low
+    while block < high:
+        end = min(block + BLOCK, high)
+        earlier = total
+        total, held, ahead_largest = _many_classes_block(
+            x, origin, ahead, block, end, n_classes, finite, held, lowest, end == chunk_end
+        )
+        rest, lost = two_sum(rest, np.float64(tree_sum(earlier)))
+        rest_low += lost
+        block = end
+        if any_lane(ahead_largest > limit):
+            break
+    rest, lost = two_sum(rest, np.float64(tree_sum(total)))
+    return rest, rest_low + lost, held, tree_max(ahead_largest), block
+
+
+@subroutine
+def rest_of_chunk(x, offset, stride, low, high, largest, shift, rest, rest_low, base, older):
+    """The sum of exp(x - largest) over a chunk's classes ``low .. high`` without the maximum's own 1: from the ``rest``
+    relative to the ``shift``, and the ``older`` relative to ``base``, see :func:`close_segment`.
+    """
+    if largest == np.inf:
+        # Relative to +inf everything is NaN or 0: only a NaN counts.
+        rest = 0.0
+        for c in range(low, high):
+            v = load_one(x, offset + c * stride, largest)
+            if v != v:
+                rest = np.nan
+        return rest
+    rest += rest_low
+    if largest > -np.inf:
+        rest *= scale_factor(np.float64(shift), np.float64(largest))
+        if base > -np.inf:
+            rest = _scaled_sum(scale_factor(np.float64(base), np.float64(largest)), older, rest)
+    return rest
+
+
+@inline
+def _many_classes_row(x, offset, stride, begin, end, n_classes, known, stages):
+    """:func:`_max_shift_row` of the logits alone of a row of several groups.
+
+    Method: as the shift serves a value up to :data:`SLACK` below the maximum, which blocks that have not been searched
+    seldom exceed: the planes' kernel need not search them. For the maximum's own 1 to be left out nevertheless, each
+    lane holds the largest class back that it has met, and adds the lesser one instead; at the end of a chunk all that
+    the lanes hold but one maximum is added.
+    """
+    like = known
+    n_lanes = lanes(like)
+    largest, rest = scalar(-np.inf, like), 0.0
+    for low in range(begin, end, CHUNK):
+        high = min(low + CHUNK, end)
+        shift, base, older = scalar(-np.inf, like), scalar(-np.inf, like), 0.0
+        chunk_rest, rest_low = 0.0, 0.0
+        held = splat(scalar(-np.inf, like))
+        block = low
+        while block < high:
+            block_end = min(block + BLOCK, high)
+            source, origin = _block_of(x, offset, stride, block, block_end, n_classes, n_lanes, stages[0])
+            block_largest = known if known == known else _max_group(source, origin, block, block_end, n_classes, like)
+            if block_largest > shift + scalar(SLACK, like):
+                if shift > -np.inf:
+                    base, older = close_segment(shift, chunk_rest, rest_low, 0.0, base, older)
+                    chunk_rest, rest_low = 0.0, 0.0
+                shift = block_largest
+            ahead = np.int64(0)
+            if stride == 1 and block + 2 * BLOCK <= n_classes:
+                ahead = np.int64(BLOCK)
+                block_end = min(block + (n_classes - block) // BLOCK * BLOCK - BLOCK, high)
+            chunk_rest, rest_low, held, ahead_largest, block = _sum_many_classes(
+                source, origin, ahead, block, block_end, high, n_classes, shift, held, chunk_rest, rest_low
+            )
+            known = ahead_largest if ahead != 0 else scalar(np.nan, like)
+        chunk_largest = tree_max(held)
+        chunk_rest = rest_of_chunk(
+            x, offset, stride, low, high, chunk_largest, shift, chunk_rest, rest_low, base, older
+        )
+        if low == begin:
+            largest, rest = chunk_largest, chunk_rest
+        else:
+            largest, rest, _, _ = merge(largest, rest, 0.0, 0.0, chunk_largest, chunk_rest, 0.0, 0.0)
+    return largest, rest, 0.0, 0.0, known
+
+
 @inline
 def _max_shift_row(
     x, offset, stride, begin, end, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, known, to_next, stages
@@ -374,6 +518,8 @@ def _max_shift_row(
     ``known`` (or NaN). Also the maximum of the group behind them, or, where the row is one group and ``to_next`` is not
     0, of the row that lies ``to_next`` behind it, or NaN.
     """
+    if weight is None and n_classes > GROUP and not exact:
+        return _many_classes_row(x, offset, stride, begin, end, n_classes, known, stages)
     like = known
     n_lanes = lanes(like)
     in_place = stride == 1 and n_classes >= n_lanes

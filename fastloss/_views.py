@@ -21,6 +21,10 @@ TILE_OF_FEW = 1024  # few classes: what is done once per tile shows (1,000,000 x
 # Where many strided classes are read as they lie, in runs of up to 4 KiB of memory (log-sum-exp of 65,536 x 1000 along
 # axis 0 takes 1.4 times as long with 256, 1.2 times with 512).
 _WIDE_TILE = 1024
+# Where one entry of each row is read: every tile begins with waiting for its first ones (nll_loss of 400,000 x 100
+# takes 1.1 times as long with 1024). Of fewer rows so large tiles would be too few for many threads.
+_TILE_OF_ENTRIES = 2048
+_MANY_ENTRIES = 64 * _TILE_OF_ENTRIES
 _MANY_ROWS = 8192  # for fewer rows, the scratch of so large a tile may be larger than the input
 _TILE_BYTES = 1 << 17
 # Up to this many classes, a contiguous class axis goes through the kernel for strided ones, 16 rows to a vector.
@@ -116,6 +120,11 @@ def tile_rows(n_rows: int, n_classes: int, in_rows: bool) -> int:
     if n_classes <= FEW_CLASSES:
         return TILE_OF_FEW if n_rows >= _MANY_ROWS else most
     return most
+
+
+def entry_tile_rows(n_rows: int) -> int:
+    """Rows per tile of the kernel that reads one entry of each."""
+    return _TILE_OF_ENTRIES if n_rows >= _MANY_ENTRIES else tile_rows(n_rows, 1, False)
 
 
 def wide_tile_rows(n_rows: int, n_pieces: int, n_threads: int) -> int:

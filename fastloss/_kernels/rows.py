@@ -388,14 +388,15 @@ def held_term(v, held, shift, total, low):
 
 
 @inline
-def _many_classes_block(x, origin, ahead, low, high, n_classes, shift, held, ahead_largest, is_last):
-    """Of the classes ``low .. high``: the lanes' sums, see :func:`held_term`, the classes held back, and the larger of
-    ``ahead_largest`` and the elements ``ahead`` places behind. The ``is_last`` block of a chunk adds what is held.
+def _many_classes_block(x, origin, ahead, low, high, n_classes, shift, held, is_last):
+    """Of the classes ``low .. high``: the lanes' sums, see :func:`held_term`, the classes held back, and the largest of
+    the elements ``ahead`` places behind, lane by lane. The ``is_last`` block of a chunk adds what is held.
     """
     like = shift
     n_lanes = lanes(like)
     shifts, lane = splat(shift), iota(like)
     total, total_low = splat(scalar(0.0, like)), splat(scalar(0.0, like))
+    ahead_largest = lowest = splat(scalar(-np.inf, like))
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low, end, n_lanes):
         at = c - origin
@@ -409,11 +410,11 @@ def _many_classes_block(x, origin, ahead, low, high, n_classes, shift, held, ahe
         v = load(x, begin - origin, like)
         ahead_largest = _larger(load(x, begin - origin + ahead, like), ahead_largest)
         # What is no class of the block changes nothing.
-        v = where(valid, v, splat(scalar(-np.inf, like)))
+        v = where(valid, v, lowest)
         held, total, total_low = held_term(v, held, shifts, total, total_low)
     if is_last:
         place = lowest_bit(mask_bits(held == splat(tree_max(held))))
-        others = where(lane == splat(integer_like(place, like)), splat(scalar(-np.inf, like)), held)
+        others = where(lane == splat(integer_like(place, like)), lowest, held)
         _, total, total_low = held_term(others, held, shifts, total, total_low)
     return total + total_low, held, ahead_largest
 
@@ -423,16 +424,14 @@ def _sum_many_classes(x, origin, ahead, low, high, chunk_end, n_classes, shift, 
     """:func:`_sum_blocks` for :func:`_many_classes_row`: up to ``high``, or to before a block with a class too far
     above the ``shift``.
     """
-    zero, lowest = splat(scalar(0.0, shift)), splat(scalar(-np.inf, shift))
-    limit = splat(shift + scalar(SLACK, shift))
-    finite = finite_shift(shift)
-    ahead_largest, total = lowest, zero
+    limit, finite = splat(shift + scalar(SLACK, shift)), finite_shift(shift)
+    ahead_largest, total = splat(scalar(-np.inf, shift)), splat(scalar(0.0, shift))
     block = low
     while block < high:
         end = min(block + BLOCK, high)
         earlier = total
         total, held, ahead_largest = _many_classes_block(
-            x, origin, ahead, block, end, n_classes, finite, held, lowest, end == chunk_end
+            x, origin, ahead, block, end, n_classes, finite, held, end == chunk_end
         )
         rest, lost = two_sum(rest, np.float64(tree_sum(earlier)))
         rest_low += lost
@@ -468,10 +467,12 @@ def rest_of_chunk(x, offset, stride, low, high, largest, shift, rest, rest_low, 
 def _many_classes_row(x, offset, stride, begin, end, n_classes, known, stages):
     """:func:`_max_shift_row` of the logits alone of a row of several groups.
 
-    Method: as the shift serves a value up to :data:`SLACK` below the maximum, which blocks that have not been searched
-    seldom exceed: the planes' kernel need not search them. For the maximum's own 1 to be left out nevertheless, each
-    lane holds the largest class back that it has met, and adds the lesser one instead; at the end of a chunk all that
-    the lanes hold but one maximum is added.
+    Method: the shift is the largest class of a chunk's first block, until a later block has one more than :data:`SLACK`
+    above it, which is seldom: so the planes' kernel need not search a block before it is summed. For the maximum's own
+    1 to be left out all the same, each lane holds the largest class back that it has met, and adds the lesser one
+    instead; at the end of a chunk all that the lanes hold but one maximum is added.
+
+    Accuracy: as :func:`max_shift_row`; a class above the shift is no worse than one as far below it.
     """
     like = known
     n_lanes = lanes(like)

@@ -168,6 +168,14 @@ class TestLayouts:
         eps = np.finfo(got.dtype).eps
         np.testing.assert_allclose(got[28:30], math.log1p(remainder), rtol=8 * eps)
 
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    def test_fewer_columns_than_a_vector_has_lanes(self, rng, dtype):
+        """What the lanes without a row hold, here the infinities of the call before, is not looked at."""
+        for n_classes in (1025, 8193):
+            logsumexp(np.full((n_classes, 32), INF, dtype)[:, ::2], 0)
+            x = rng.normal(size=(n_classes, 9)).astype(dtype)
+            np.testing.assert_array_equal(logsumexp(x, 0), logsumexp(np.ascontiguousarray(x.T), 1))
+
     def test_zero_strides(self, rng, frozen):
         x = np.broadcast_to(frozen(rng.normal(size=(6, 1, 7)).astype(np.float32)), (6, 5, 7))
         for axis in (None, 0, 1, 2, (0, 1), (1, 2)):

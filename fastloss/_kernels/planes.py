@@ -642,7 +642,7 @@ def _max_shift_classes(
     cache (where the planes themselves, a power of two apart, would share a few of its sets). The copy is summed a
     vector of rows and a lane at a time, so that the sums stay in registers. Meanwhile the next group is searched and
     copied: waiting for memory takes turns with arithmetic (label smoothing of 4 x 20,000 x 256 takes 1.25 times as long
-    one after the other).
+    one after the other). For log-sum-exp of more than a group see :func:`_many_classes`.
     """
     if weight is None and geometry[tiles.N_CLASSES] > GROUP and not exact:
         _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scratch)
@@ -939,7 +939,7 @@ def _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scr
         for slot in range(0, n_slots, n_lanes):
             row = row_of(slot, n, n_lanes)
             store(found, slot, _largest_held(held, slot, width, like))
-            for i in range(max(0, slot - row), n_lanes):
+            for i in range(max(0, slot - row), min(n_lanes, n - row)):
                 at = slot + i
                 whole = rest_of_chunk(
                     x, offsets[row + i], stride, chunk, chunk_end, found[at], shifts[at],

@@ -139,10 +139,6 @@ def result(section, case, calls, other, n_rounds, bar=0.0):
     }
 
 
-def save(path, array):
-    np.save(path, array)
-
-
 def save_on_disk(path, array):
     """Leave nothing of the file in the page cache: who scores it first reads it from the disk."""
     with Path(path).open("wb") as file:
@@ -165,11 +161,11 @@ def file(shapes, n_rounds):
     for name, shape in shapes.items():
         logits, labels = make(shape)
         for what, write, options in (
-            ("", save, {}),
+            ("", np.save, {}),
             (", from the disk", save_on_disk, {}),
             (", by rows", save_by_rows, {}),
-            (", output", save, {"output": "out.npy"}),
-            (", details", save, {"details": True}),
+            (", output", np.save, {"output": "out.npy"}),
+            (", details", np.save, {"details": True}),
         ):
             if write is save_on_disk and not hasattr(os, "posix_fadvise"):
                 continue  # macOS

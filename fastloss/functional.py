@@ -721,7 +721,6 @@ def _index_plan(
         kernel = losses.smoothed_rows if in_rows else losses.smoothed_planes
     else:
         kernel = losses.cross_entropy_rows if in_rows else losses.cross_entropy_planes
-    # (The negative log-likelihood reads one entry of each row.)
     tile = _views.entry_tile_rows(n_rows) if is_nll else _views.tile_rows(n_rows, n_classes, in_rows)
     options = _index_options(target_dtype, ignore_index, weighted, result is not None, wants_sum)
     table = _views.geometry(rows, n_classes, tile, ((logits, axis), (target, None), (result, None)), options)

@@ -7,9 +7,11 @@ saved is always the state between two chunks.
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import importlib
+import io
 import json
 import math
 import mmap
@@ -137,8 +139,17 @@ def read_array(name: str, members: Sequence[str], beside_logits: bool = False, m
     return np.asarray(array)
 
 
-# The headers of .npy files: of the third version are those of records alone.
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# The headers of .npy files, by version: how long what says their length is, and who reads them. (Of the third version
+# are those of records alone.)
+_HEADERS = {(1, 0): (2, np.lib.format.read_array_header_1_0), (2, 0): (4, np.lib.format.read_array_header_2_0)}
+
+
+@functools.lru_cache
+def _parse_header(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, order and dtype of a header, from its length on. It is Python source, whose parsing takes a tenth of
+    scoring a small file, and shards have one header.
+    """
+    return _HEADERS[version][1](io.BytesIO(header))
 
 
 def _map(file: IO[bytes]) -> Array:
@@ -154,7 +165,8 @@ def _map(file: IO[bytes]) -> Array:
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"version {version} of the format, expected one of {', '.join(map(str, _HEADERS))}")
-    shape, is_fortran, dtype = _HEADERS[version](file)
+    length = file.read(_HEADERS[version][0])
+    shape, is_fortran, dtype = _parse_header(version, length + file.read(int.from_bytes(length, "little")))
     if dtype.hasobject:
         raise ValueError("an array of Python objects")
     begin = file.tell()
@@ -243,7 +255,7 @@ def _is_directory(paths: Paths | None) -> bool:
     return isinstance(paths, str | os.PathLike) and Path(split_member(os.fspath(paths))[0]).is_dir()
 
 
-def _list_files(paths: Paths, by_stem: bool) -> tuple[dict[str, str], bool]:
+def _list_files(paths: Paths, is_directory: bool, by_stem: bool) -> tuple[dict[str, str], bool]:
     """The files of a path, a directory, a pattern or a list, each under the name by which it is paired; and whether it
     is one file. The name is where it is in a list, what the wildcards of a pattern stand for, or if so wished the stem.
     """
@@ -252,7 +264,7 @@ def _list_files(paths: Paths, by_stem: bool) -> tuple[dict[str, str], bool]:
     name = os.fspath(paths)
     place, member = split_member(name)
     suffix = "" if member is None else f":{member}"
-    if Path(place).is_dir():
+    if is_directory:
         found = {p.stem: str(p) for p in Path(place).iterdir() if p.suffix in _SUFFIXES}
         if not found:
             raise ScoreError(f"{name}: a directory without files to score")
@@ -303,11 +315,12 @@ class _Pair(NamedTuple):
 
 def _pair_files(logits: Paths, targets: Paths | None) -> list[_Pair]:
     """The shards, in the order of their names."""
-    by_stem = _is_directory(logits) or _is_directory(targets)
-    inputs, is_one = _list_files(logits, by_stem)
+    is_directory, has_directory = _is_directory(logits), _is_directory(targets)
+    by_stem = is_directory or has_directory
+    inputs, is_one = _list_files(logits, is_directory, by_stem)
     if targets is None:
         return [_Pair(inputs[key], None) for key in sorted(inputs, key=_natural)]
-    goals, is_one_goal = _list_files(targets, by_stem)
+    goals, is_one_goal = _list_files(targets, has_directory, by_stem)
     if is_one != is_one_goal:
         many, one = (targets, logits) if is_one else (logits, targets)
         raise ScoreError(f"{many}: several files, expected one, as {one} is, or two directories or patterns")

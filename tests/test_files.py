@@ -606,6 +606,22 @@ def test_shards_larger_than_the_memory_allowed(tmp_path, rng, monkeypatch):
 
 
 @pytest.mark.usefixtures("serial")
+@pytest.mark.parametrize("n_ignored", [0, 40, 200])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": [1, 2, 3, 1, 2, 3, 0]}], ids=list)
+@pytest.mark.parametrize("n_close", [0, 10, 60, 190, 200])
+def test_correct_rows_whatever_the_losses_tell(tmp_path, rng, monkeypatch, n_close, options, n_ignored):
+    """Of rows far apart the loss tells whether they are right; rows of close or equal logits are looked through."""
+    monkeypatch.chdir(tmp_path)
+    logits = rng.integers(0, 3, (200, 7)) * np.where(np.arange(200) < n_close, 0.01, 30.0)[:, np.newaxis]
+    targets = np.where(rng.random(200) < 0.5, logits.argmax(1), rng.integers(0, 7, 200))
+    targets[rng.permutation(200)[:n_ignored]] = -100
+    np.save("x.npy", logits)
+    np.save("t.npy", targets)
+    found = fastloss.score_file("x.npy", "t.npy", details=True, **options)
+    assert (found.n_correct, found.n_kept) == ((logits.argmax(1) == targets).sum(), 200 - n_ignored)
+
+
+@pytest.mark.usefixtures("serial")
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_what_is_looked_through_for_details_is_not_copied_whole(tmp_path, rng, monkeypatch, order, kind):

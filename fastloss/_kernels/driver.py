@@ -58,13 +58,17 @@ STAGED_ROWS = 64
 #   sums      compute dtype: one value per lane and row, four times
 #   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a
 #             batch of the result's
-#   kept      compute dtype: a block of classes, for the kernels that keep what they have computed
+#   kept      compute dtype, for the kernels that keep what they have computed: a block of classes of each row, or a
+#             group of one row
 #   records   no scratch: float64, what is known of the chunks of the rows, for the kernels of a Split; see record_at()
 #   memory    what the others are cut out of, to be released
 Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage kept records memory")
 
 # As many classes per lane as there may be.
 ANY_NUMBER = 1 << 40
+
+# What there is room for in ``kept``.
+NOTHING, BLOCK_OF_ROWS, GROUP_OF_ROW = range(3)
 
 
 @inline
@@ -104,7 +108,7 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
     other_stage = stage + _padded(n_staged * x.itemsize)
     out_stage = other_stage + _padded(n_others * y.itemsize)
     kept = out_stage + _padded(n_out * out.itemsize)
-    n_kept = n_others if keeps else 0
+    n_kept = (0, n_others, min(n_classes, group) + tiles.PADDING)[keeps]
     memory = allocate(kept + n_kept * out.itemsize + CACHE_LINE)
     return Scratch(
         take(memory, 0, width, np.int32(0)),
@@ -223,12 +227,12 @@ def _with_records(weight):
     return weight[0], weight[1]
 
 
-def make_kernel(name, do_tile, light=0, keeps=False, split=None, has_records=False):
+def make_kernel(name, do_tile, light=0, keeps=NOTHING, split=None, has_records=False):
     """A kernel of ``do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread)``.
 
     With up to ``light`` classes per lane, ``do_tile`` gets along with two rows of ``narrow`` and of ``wide``, no
-    ``sums``, and of ``other_stage`` and ``out_stage`` one value per row. With ``keeps`` it gets ``kept``. ``split`` is
-    a :class:`Split`, if there is one; ``has_records`` says that the kernel is part of one.
+    ``sums``, and of ``other_stage`` and ``out_stage`` one value per row. ``keeps`` says what ``kept`` has room for.
+    ``split`` is a :class:`Split`, if there is one; ``has_records`` says that the kernel is part of one.
     """
     parts = _with_records if has_records else _alone
 

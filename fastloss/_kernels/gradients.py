@@ -28,7 +28,7 @@ from fastloss._kernels._simd import (
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_difference
-from fastloss._kernels.driver import BAD, BATCH, BLOCK, KEPT, SECOND_GUESS, SECOND_SUM, make_kernel
+from fastloss._kernels.driver import BAD, BATCH, BLOCK, BLOCK_OF_ROWS, KEPT, SECOND_GUESS, SECOND_SUM, make_kernel
 from fastloss._kernels.sums import add_block
 
 # Their places in the geometry, behind the input, the targets and the losses.
@@ -584,7 +584,9 @@ cross_entropy_rows = make_kernel(
     "cross_entropy_gradient_rows", _cross_entropy(rows.target_tile, _kept_in_rows, _scale_rows)
 )
 cross_entropy_planes = make_kernel(
-    "cross_entropy_gradient_planes", _cross_entropy(planes.target_tile, _kept_in_planes, _scale_planes), keeps=True
+    "cross_entropy_gradient_planes",
+    _cross_entropy(planes.target_tile, _kept_in_planes, _scale_planes),
+    keeps=BLOCK_OF_ROWS,
 )
 smoothed_rows = make_kernel(
     "smoothed_gradient_rows", _smoothed_cross_entropy(losses._smoothed_cross_entropy(rows.max_shift_tile), _write_rows)

@@ -4,7 +4,7 @@ import numpy as np
 
 from fastloss._kernels import planes, rows, tiles
 from fastloss._kernels._jit import inline, subroutine
-from fastloss._kernels.driver import Split, make_kernel, piece_bounds, record_at
+from fastloss._kernels.driver import GROUP, GROUP_OF_ROW, NOTHING, Split, make_kernel, piece_bounds, record_at
 from fastloss._kernels.losses import log1p_all, logits_alone, max_shift_pieces
 
 
@@ -29,24 +29,28 @@ def _find_scales(x, geometry, start, offsets, n, tile_sums, scratch):
             scales[i] = np.nan
 
 
-def _softmax(tile_sums, write_tile):
+def _softmax(tile_sums, write_tile, scaled_tile):
     """Softmax exp(x - M) * (1 / S) or log_softmax (x - M) - log1p(S - 1), with M the maximum and S = sum(exp(x - M)).
 
     Accuracy: within 4 ulp of the exact value, mostly 2, softmax where it is a normal number (benchmarks/accuracy.py;
     the terms of log_softmax are both negative, so nothing cancels). Memory passes: the tile is read twice more from the
-    cache and written once.
+    cache and written once; by ``scaled_tile``, if there is one, what it keeps of a row is read instead.
     """
 
     @subroutine
     def do_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
         offsets, out_offsets = scratch.places[0], scratch.places[1]
         start, n = tiles.tile_bounds(geometry, tile)
+        n_classes, is_log = geometry[tiles.N_CLASSES], geometry[tiles.IS_LOG] != 0
         tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
         tiles.row_offsets(geometry, tiles.SECOND, start, n, out_offsets)
+        if scaled_tile is not None and n_classes <= GROUP and not is_log:
+            scaled_tile(x, geometry, offsets, n, out, out_offsets, scratch)
+            return
         _find_scales(x, geometry, start, offsets, n, tile_sums, scratch)
         write_tile(
-            x, geometry, start, offsets, n, 0, geometry[tiles.N_CLASSES], out, out_offsets,
-            scratch.narrow[0], scratch.narrow[1], geometry[tiles.IS_LOG] != 0, scratch,
+            x, geometry, start, offsets, n, 0, n_classes, out, out_offsets,
+            scratch.narrow[0], scratch.narrow[1], is_log, scratch,
         )  # fmt: skip
 
     return do_tile
@@ -88,13 +92,17 @@ def _make_softmax():
     """The kernels for contiguous and for strided classes."""
     kernels = []
     join = make_kernel("softmax_join", _join, has_records=True)
-    for module, kind in ((rows, "rows"), (planes, "planes")):
+    for module, kind, scaled_tile, keeps in (
+        (rows, "rows", rows.scaled_tile, GROUP_OF_ROW),
+        (planes, "planes", None, NOTHING),
+    ):
         do_piece = max_shift_pieces(module.max_shift_pieces, module.PIECE, logits_alone, is_exact=True)
         pieces = make_kernel(f"softmax_{kind}_pieces", do_piece, has_records=True)
         do_write = _write_pieces(module.write_tile, module.PIECE)
         write = make_kernel(f"softmax_{kind}_write", do_write, has_records=True)
         split = Split(pieces, module.PIECE, 4, join, write)
-        kernels.append(make_kernel(f"softmax_{kind}", _softmax(module.max_shift_tile, module.write_tile), split=split))
+        do_tile = _softmax(module.max_shift_tile, module.write_tile, scaled_tile)
+        kernels.append(make_kernel(f"softmax_{kind}", do_tile, keeps=keeps, split=split))
     return kernels
 
 

@@ -213,12 +213,12 @@ def add_term(e, differs, total, low):
 
 @inline
 def _max_shift_block(
-    x, origin, ahead, low, high, n_classes, shift, y, y_origin, weight, keep, spread, exact, ties, ahead_largest
+    x, origin, ahead, low, high, n_classes, shift, y, y_origin, weight, keep, spread, exact, kept, ties, ahead_largest
 ):
     """Of the classes ``low .. high``: the sum of exp(x - shift) where x != shift, and of the mass
     m = weight * (y * keep + spread) the sum of m * (shift - x) and of m (not without ``weight``). Adds to ``ties``,
     lane by lane, how many x == shift, and takes into ``ahead_largest`` the elements ``ahead`` places behind. ``exact``
-    counts the rounding of x - shift.
+    counts the rounding of x - shift. The exponentials are written to ``kept``, if that is an array, class by class.
     """
     like = shift
     n_lanes = lanes(like)
@@ -235,6 +235,8 @@ def _max_shift_block(
         differs = v != shifts
         d = v - shifts
         e = exp_falling_difference(v, shifts) if exact else exp_falling(d)
+        if kept is not None:
+            store(kept, c, e)
         total, total_low = add_term(e, differs, total, total_low)
         ties = where(differs, ties - one, ties)
         if weight is not None:
@@ -251,6 +253,8 @@ def _max_shift_block(
         tie = v == shifts
         d = v - shifts
         e = exp_falling_difference(v, shifts) if exact else exp_falling(d)
+        if kept is not None:
+            store(kept, begin, e)
         total, total_low = add_term(e, valid & (v != shifts), total, total_low)
         ties = ties + where(valid & tie, one, zero)
         if weight is not None:
@@ -330,7 +334,7 @@ def merge(largest, rest, moment, mass, other_largest, other_rest, other_moment, 
 @subroutine
 def _sum_blocks(
     x, origin, ahead, low, high, n_classes, largest, y, y_offset, y_stride, weight, keep, spread, exact, y_stage,
-    rest, rest_low, moment, mass,
+    kept, rest, rest_low, moment, mass,
 ):  # fmt: skip
     """Add the blocks from ``low`` on to the sums of their chunk, relative to its ``largest`` so far; see
     :func:`_max_shift_block`. Up to ``high``, or, where a row has several groups, to before one with a larger class.
@@ -354,13 +358,13 @@ def _sum_blocks(
         if y is None:
             s, a, m, ties, ahead_largest = _max_shift_block(
                 x, origin, ahead, block, end, n_classes, shift, None, origin, weight, keep, spread, exact,
-                ties, ahead_largest,
+                kept, ties, ahead_largest,
             )  # fmt: skip
         else:
             y_source, y_origin = _block_of(y, y_offset, y_stride, block, end, n_classes, lanes(shift), y_stage)
             s, a, m, ties, ahead_largest = _max_shift_block(
                 x, origin, ahead, block, end, n_classes, shift, y_source, y_origin, weight, keep, spread, exact,
-                ties, ahead_largest,
+                kept, ties, ahead_largest,
             )  # fmt: skip
         rest, lost = two_sum(rest, np.float64(tree_sum(held_s)))
         rest_low += lost
@@ -513,11 +517,12 @@ def _many_classes_row(x, offset, stride, begin, end, n_classes, known, stages):
 
 @inline
 def _max_shift_row(
-    x, offset, stride, begin, end, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, known, to_next, stages
-):
+    x, offset, stride, begin, end, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, known, to_next,
+    stages, kept,
+):  # fmt: skip
     """:func:`max_shift_row` of the classes ``begin .. end``, whole chunks, given the maximum of the first group,
     ``known`` (or NaN). Also the maximum of the group behind them, or, where the row is one group and ``to_next`` is not
-    0, of the row that lies ``to_next`` behind it, or NaN.
+    0, of the row that lies ``to_next`` behind it, or NaN. For ``kept`` see :func:`_max_shift_block`.
     """
     if weight is None and n_classes > GROUP and not exact:
         return _many_classes_row(x, offset, stride, begin, end, n_classes, known, stages)
@@ -550,7 +555,7 @@ def _max_shift_row(
                 group_end = min(group + (n_classes - group) // size * size - size, high)
             chunk_rest, rest_low, chunk_moment, chunk_mass, ties, ahead_largest, group = _sum_blocks(
                 source, origin, ahead, group, group_end, n_classes, chunk_largest, y, y_offset, y_stride, weight, keep,
-                spread, exact, stages[1], chunk_rest, rest_low, chunk_moment, chunk_mass,
+                spread, exact, stages[1], kept, chunk_rest, rest_low, chunk_moment, chunk_mass,
             )  # fmt: skip
             chunk_ties += ties
             known = ahead_largest if ahead != 0 else scalar(np.nan, like)
@@ -578,8 +583,9 @@ def max_shift_row(x, offset, stride, n_classes, y, y_offset, y_stride, weight, k
     """
     nan = scalar(np.nan, like)
     found = _max_shift_row(
-        x, offset, stride, 0, n_classes, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, nan, 0, stages
-    )
+        x, offset, stride, 0, n_classes, n_classes, y, y_offset, y_stride, weight, keep, spread, exact, nan, 0, stages,
+        None,
+    )  # fmt: skip
     return found[0], found[1], found[2], found[3]
 
 
@@ -640,7 +646,7 @@ def max_shift_tile(
         to_next = offsets[i + 1] - offsets[i] if i + 1 < n else np.int64(0)
         largest[i], rest[i], moment[i], mass[i], known = _max_shift_row(
             x, offsets[i], stride, 0, n_classes, n_classes, y, y_offsets[i], y_stride, weight, keep, spread, exact,
-            known, to_next, stages,
+            known, to_next, stages, None,
         )  # fmt: skip
 
 
@@ -700,7 +706,7 @@ def max_shift_pieces(
         for chunk in range(begin, end, CHUNK):
             largest, rest, moment, mass, known = _max_shift_row(
                 x, offsets[i], stride, chunk, min(chunk + CHUNK, end), n_classes, y, y_offsets[i], y_stride, weight,
-                keep, spread, exact, known, 0, stages,
+                keep, spread, exact, known, 0, stages, None,
             )  # fmt: skip
             put_record(scratch.records, record_at(geometry, start + i, chunk, 4), largest, rest, moment, mass)
 
@@ -740,7 +746,11 @@ def joined_max_shifts(
 
 @inline
 def entry(v, shift, scale, is_log):
-    """The softmax, or its logarithm, of a vector of classes; see :func:`fastloss._kernels.outputs._softmax`."""
+    """The softmax, or its logarithm, of a vector of classes; see :func:`fastloss._kernels.outputs._softmax`. Without
+    ``shift``, v is the exponential of the difference.
+    """
+    if shift is None:
+        return v * scale
     if not is_log:
         return exp_falling_difference(v, shift) * scale
     like = first_lane(v)
@@ -752,10 +762,10 @@ def entry(v, shift, scale, is_log):
 
 
 @inline
-def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale, is_log, like):
-    """The softmax, or its logarithm, of the classes ``low .. high``: see :func:`write_tile`."""
-    n_lanes = lanes(like)
-    shifts, scales = splat(shift), splat(scale)
+def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale, is_log):
+    """:func:`entry` of the classes ``low .. high``."""
+    n_lanes = lanes(scale)
+    shifts, scales = None if shift is None else splat(shift), splat(scale)
     end = low + (high - low) // n_lanes * n_lanes
     for c in range(low, end + n_lanes, n_lanes):
         begin = c
@@ -763,27 +773,64 @@ def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale,
             if end == high:
                 break
             begin, _, _ = tail(low, high, n_classes, n_lanes)
-        v = load(x, begin - origin, like)
+        v = load(x, begin - origin, scale)
         store(out, begin - out_origin, entry(v, shifts, scales, is_log))
+
+
+@inline
+def _write_row(
+    x, offset, stride, begin, end, n_classes, out, out_offset, out_stride, shift, scale, is_log, stage, out_stage
+):
+    """:func:`entry` of the classes ``begin .. end`` of a row; without ``shift``, ``x`` is what was kept of it."""
+    n_lanes = lanes(scale)
+    direct = out_stride == 1 and n_classes >= n_lanes
+    for low in range(begin, end, BLOCK):
+        high = min(low + BLOCK, end)
+        first = max(0, min(low, high - n_lanes))
+        sink = out if direct else out_stage
+        sink_origin = -out_offset if direct else first
+        if shift is None:
+            _write_block(x, 0, sink, sink_origin, low, high, n_classes, None, scale, is_log)
+        else:
+            source, origin = _block_of(x, offset, stride, low, high, n_classes, n_lanes, stage)
+            _write_block(source, origin, sink, sink_origin, low, high, n_classes, shift, scale, is_log)
+        if not direct:
+            for c in range(low, high):
+                out[out_offset + c * out_stride] = out_stage[c - first]
+
+
+@inline
+def scaled_tile(x, geometry, offsets, n, out, out_offsets, scratch):
+    """Write the softmax of each row of a tile: of rows that are one group.
+
+    The exponentials that are summed are kept in the first-level cache, and scaled. To compute them anew takes 1.06 to
+    1.16 times as long for 65,536 x 500, half of whose time are new pages, and 1.3 to 1.5 times for 2000 x 500. (Kept in
+    the result instead, they are slower than that in the caches.)
+    """
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    out_stride = tiles.class_stride(geometry, tiles.SECOND)
+    stages, kept, like = (scratch.stage, scratch.other_stage), scratch.kept, scratch.kept[0]
+    known = scalar(np.nan, like)
+    for i in range(n):
+        to_next = offsets[i + 1] - offsets[i] if i + 1 < n else np.int64(0)
+        largest, rest, _, _, known = _max_shift_row(
+            x, offsets[i], stride, 0, n_classes, n_classes, None, 0, stride, None, like, like, True, known, to_next,
+            stages, kept,
+        )  # fmt: skip
+        scale = scalar(1.0 / (1.0 + rest) if np.isfinite(largest) else np.nan, like)
+        _write_row(
+            kept, 0, 1, 0, n_classes, n_classes, out, out_offsets[i], out_stride, None, scale, False, kept,
+            scratch.out_stage,
+        )  # fmt: skip
 
 
 @inline
 def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shifts, scales, is_log, scratch):
     """Write exp(x - shift) * scale, or x - shift - scale, for the classes ``begin .. end`` of each row of a tile."""
-    stage, out_stage = scratch.stage, scratch.out_stage
-    like = shifts[0]
-    n_lanes = lanes(like)
     n_classes = geometry[tiles.N_CLASSES]
     stride, out_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, tiles.SECOND)
-    direct = out_stride == 1 and n_classes >= n_lanes
     for i in range(n):
-        for low in range(begin, end, BLOCK):
-            high = min(low + BLOCK, end)
-            source, origin = _block_of(x, offsets[i], stride, low, high, n_classes, n_lanes, stage)
-            first = max(0, min(low, high - n_lanes))
-            sink = out if direct else out_stage
-            sink_origin = -out_offsets[i] if direct else first
-            _write_block(source, origin, sink, sink_origin, low, high, n_classes, shifts[i], scales[i], is_log, like)
-            if not direct:
-                for c in range(low, high):
-                    out[out_offsets[i] + c * out_stride] = out_stage[c - first]
+        _write_row(
+            x, offsets[i], stride, begin, end, n_classes, out, out_offsets[i], out_stride, shifts[i], scales[i], is_log,
+            scratch.stage, scratch.out_stage,
+        )  # fmt: skip

@@ -670,16 +670,12 @@ class _Rows:
             found[_views.without(cut, 1)] = self._logits[cut].argmax(axis=1)
         return found.reshape(-1)
 
-    def are_read_faster_whole(self, n_rows: int) -> bool:
-        """Whether all rows are looked through faster than so many of them, each taken by itself."""
-        return self._logits.shape[1] < _MANY_CLASSES and 2 * n_rows > math.prod(self._shape)
-
     def predicted(self, places: Array) -> Array:
         """Those of some rows."""
-        if self.are_read_faster_whole(places.size):
-            return self.predictions()[places]
         classes_last = np.moveaxis(self._logits, 1, -1)
         n_classes = classes_last.shape[-1]
+        if n_classes < _MANY_CLASSES and 2 * places.size > math.prod(self._shape):
+            return self.predictions()[places]
         found = np.empty(places.size, np.intp)
         step = 1 if n_classes >= _MANY_CLASSES else _views.PIECE // n_classes
         for begin in range(0, places.size, step):
@@ -863,50 +859,37 @@ class _Run:
     def _look_closer(
         self, pair: _Pair, shard: _Shard, logits: Array, targets: Array, losses: Array, has_probabilities: bool
     ) -> tuple[int, tuple[ScoredRow, ...]]:
-        """How many predictions of a chunk are right, and the worst rows so far."""
+        """How many predictions of a chunk are right, and the worst rows so far.
+
+        Where the loss is -log p of the target, that tells most rows: the largest probability is that of a target with p
+        > 1/2, and not that of one with p < 1/C. The classes of the others are looked through.
+        """
         rows = _Rows(logits)
         losses = losses.reshape(-1)
         labels = _Rows(targets).predictions() if has_probabilities else targets.reshape(-1)
-        kept = None  # where the rows are that are not ignored, or None if no row is
-        if not has_probabilities and (labels == self._stream.ignore_index).any():
-            kept = np.flatnonzero(labels != self._stream.ignore_index)
+        stream, kept = self._stream, None  # where the rows are that are not ignored, or None if no row is
+        if not has_probabilities and (is_ignored := labels == stream.ignore_index).any():
+            kept = np.flatnonzero(~is_ignored)
             losses, labels = losses[kept], labels[kept]
-        n_correct = self._count_correct(rows, kept, losses, labels, logits.shape[1], has_probabilities)
+
+        def in_chunk(places: Array) -> Array:
+            return places if kept is None else kept[places]
+
+        if has_probabilities or stream._is_nll or stream.label_smoothing or stream.weight is not None:
+            n_correct, unsure = 0, np.arange(losses.size)
+        else:
+            is_right = losses < math.log(2) - _SLACK
+            n_correct = int(np.count_nonzero(is_right))
+            unsure = np.flatnonzero(~(is_right | (losses > math.log(logits.shape[1]) + _SLACK)))
+        n_correct += int(np.count_nonzero(rows.predicted(in_chunk(unsure)) == labels[unsure]))
         worst = list(self.done.worst)
         places = worst_first(losses, N_WORST)
-        in_chunk = places if kept is None else kept[places]
-        for i, row, predicted in zip(places, in_chunk, rows.predicted(in_chunk), strict=True):
+        for i, row, predicted in zip(places, in_chunk(places), rows.predicted(in_chunk(places)), strict=True):
             position = np.unravel_index(self.done.rows + int(row), shard.row_shape)
             at = tuple(map(int, position))
             worst.append(ScoredRow(pair.logits, at, int(labels[i]), int(predicted), float(losses[i])))
         worst.sort(key=lambda row: row.badness)
         return n_correct, tuple(worst[:N_WORST])
-
-    def _count_correct(
-        self,
-        rows: _Rows,
-        kept: Array | None,
-        losses: Array,
-        labels: Array,
-        n_classes: int,
-        has_probabilities: bool,
-    ) -> int:
-        """How many predictions are right, of the rows that are kept.
-
-        Where the loss is -log p of the target, that tells most rows: the largest probability is that of a target with p
-        > 1/2, and not that of one with p < 1/C. The classes of the others are looked through.
-        """
-        stream, n_sure = self._stream, 0
-        unsure = np.ones(losses.size, np.bool_)
-        if not (has_probabilities or stream._is_nll or stream.label_smoothing or stream.weight is not None):
-            is_right = losses < math.log(2) - _SLACK
-            unsure = ~(is_right | (losses > math.log(n_classes) + _SLACK))
-            n_sure = int(np.count_nonzero(is_right))
-        if kept is None and rows.are_read_faster_whole(int(np.count_nonzero(unsure))):
-            return int(np.count_nonzero(rows.predictions() == labels))
-        places = np.flatnonzero(unsure)
-        predicted = rows.predicted(places if kept is None else kept[places])
-        return n_sure + int(np.count_nonzero(predicted == labels[places]))
 
     def scores(self) -> FileScores:
         """What has been scored."""

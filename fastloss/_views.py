@@ -207,6 +207,7 @@ class Options(NamedTuple):
     wants_rows: bool = False
     wants_sum: bool = False
     is_log: bool = False
+    wants_correct: bool = False
 
 
 @functools.cache

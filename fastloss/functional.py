@@ -676,7 +676,12 @@ def _padded_weights(weights: Array | None, n_classes: int, dtype: np.dtype[Any])
 
 
 def _index_options(
-    dtype: np.dtype[Any], ignore_index: int, weighted: bool, wants_rows: bool, wants_sum: bool
+    dtype: np.dtype[Any],
+    ignore_index: int,
+    weighted: bool,
+    wants_rows: bool,
+    wants_sum: bool,
+    wants_correct: bool = False,
 ) -> _views.Options:
     """The options of a kernel with index targets of this dtype."""
     from fastloss._kernels.tiles import TARGET_KINDS
@@ -688,7 +693,7 @@ def _index_options(
     has_ignore = low <= ignore_index <= high
     bits = (ignore_index + 2**63) % 2**64 - 2**63 if has_ignore else 0
     kind = TARGET_KINDS.index(f"{'u' if integer.kind == 'u' else ''}int{8 * integer.itemsize}")
-    return _views.Options(kind, has_ignore, bits, weighted, wants_rows, wants_sum)
+    return _views.Options(kind, has_ignore, bits, weighted, wants_rows, wants_sum, wants_correct=wants_correct)
 
 
 def _is_in_rows(n_rows: int, n_classes: int, is_contiguous: bool) -> bool:
@@ -707,6 +712,7 @@ def _index_plan(
     smoothed: bool,
     is_nll: bool,
     wants_sum: bool,
+    wants_correct: bool = False,
 ) -> tuple[Any, int, Array]:
     """The kernel for arrays that lie as told, what its work amounts to (in elements), and its geometry."""
     from fastloss._kernels import gather, losses
@@ -722,7 +728,7 @@ def _index_plan(
     else:
         kernel = losses.cross_entropy_rows if in_rows else losses.cross_entropy_planes
     tile = _views.entry_tile_rows(n_rows) if is_nll else _views.tile_rows(n_rows, n_classes, in_rows)
-    options = _index_options(target_dtype, ignore_index, weighted, result is not None, wants_sum)
+    options = _index_options(target_dtype, ignore_index, weighted, result is not None, wants_sum, wants_correct)
     table = _views.geometry(rows, n_classes, tile, ((logits, axis), (target, None), (result, None)), options)
     return kernel, (_GATHER_COST if is_nll else n_classes) * n_rows, table
 
@@ -761,8 +767,12 @@ def _add_index_loss(
     label_smoothing: float,
     is_nll: bool,
     out: Array | None,
+    wants_correct: bool = False,
 ) -> tuple[float, float, int]:
-    """The sums of the losses and of the weights of the targets kept, and how many those are."""
+    """The sums of the losses and of the weights of the targets kept, and how many those are.
+
+    With ``wants_correct``, the ledger counts the targets that are their rows' predictions, too.
+    """
     n_classes = logits.shape[axis]
     dtype = _views.compute_dtype(logits.dtype)
     weighted, wants_sum = weights is not None, ledger is not None
@@ -787,6 +797,7 @@ def _add_index_loss(
                 label_smoothing > 0,
                 is_nll,
                 wants_sum,
+                wants_correct,
             )
             total, weight_sum, kept, bad = runtime.run_tiles(
                 kernel, n_elements, ledger, flat, flat_labels, weight, flat_out, table, keep, spread

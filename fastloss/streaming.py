@@ -152,6 +152,12 @@ def _ledger_sums(ledger: Array) -> tuple[ExactSum, ...]:
     return _sums_of(ledger[0, :SECOND_SUM], ledger[0, SECOND_SUM:KEPT])
 
 
+def _count_correct(ledger: Array) -> int:
+    from fastloss._kernels.driver import CORRECT
+
+    return int(ledger[0, CORRECT])
+
+
 def _new_ledger() -> Array:
     ledger: Array = _forks.runtime().new_ledger()
     return ledger
@@ -192,10 +198,15 @@ class _TargetStream(_Stream):
         ValueError, IndexError, TypeError
             As the function, and a ValueError for a chunk that does not fit those before. The stream stays as it was.
         """
-        return self._update(input, target, None)
+        self._update(input, target)
+        return self
 
-    def _update(self, input: npt.ArrayLike, target: npt.ArrayLike, out: Array | None) -> Self:
-        """Add a chunk, and write its losses to ``out`` if that is an array, of the shape of the rows."""
+    def _update(
+        self, input: npt.ArrayLike, target: npt.ArrayLike, out: Array | None = None, wants_correct: bool = False
+    ) -> int:
+        """Add a chunk, and write its losses to ``out`` if that is an array, of the shape of the rows. How many class
+        indices are their rows' predictions, if they are to be counted.
+        """
         logits, labels, axis, weights = functional._check(input, target, self.weight, self.ignore_index, self._is_nll)
         has_probabilities = labels.shape == logits.shape and not self._is_nll
         dtypes = (logits.dtype, labels.dtype) if has_probabilities else (logits.dtype,)
@@ -206,6 +217,7 @@ class _TargetStream(_Stream):
         }
         self._state.check(common)
         rows = math.prod(_validation.row_shape(logits.shape, axis))
+        n_correct = 0
         if has_probabilities:
             ledger = _new_ledger()
             functional._add_probability_loss(ledger, logits, labels, axis, weights, self.label_smoothing, out)
@@ -225,12 +237,14 @@ class _TargetStream(_Stream):
                     epsilon,
                     self._is_nll,
                     None if sums else out,
+                    wants_correct and not sums,
                 )
-                kept = kept if sums else counted
+                if not sums:
+                    kept, n_correct = counted, _count_correct(ledger)
                 sums += _ledger_sums(ledger)[: 1 if sums else 2]
             chunk = State(common, rows, kept, sums)
         self._state = self._state + chunk
-        return self
+        return n_correct
 
     def _smoothings(self, weights: Array | None, dtype: str) -> tuple[float, ...]:
         """The label smoothing; and 0 and 1, whose sums decide the mean should the weights sum to 0, which they can."""

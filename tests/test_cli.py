@@ -636,7 +636,7 @@ def test_output_survives_a_failure(files, monkeypatch, run, existing, patch, sta
     if existing:
         Path("out.npy").write_text("old")
     if patch:
-        monkeypatch.setattr(scoring._Run, "_look_closer", patch)
+        monkeypatch.setattr(scoring._Run, "_find_worst", patch)
     before = listing()
     assert run("score", "logits.npy", "bad.npy", "--output", "out.npy") == (status, "", message)
     assert listing() == before

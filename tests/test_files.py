@@ -621,6 +621,66 @@ def test_correct_rows_whatever_the_losses_tell(tmp_path, rng, monkeypatch, n_clo
     assert (found.n_correct, found.n_kept) == ((logits.argmax(1) == targets).sum(), 200 - n_ignored)
 
 
+def _count_correct(logits, targets):
+    """By numpy.argmax, of the rows kept."""
+    return int((logits.argmax(1) == targets).sum())
+
+
+@pytest.mark.usefixtures("serial")
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        ("f2", {}),
+        ("f4", {}),
+        ("f8", {}),
+        ("f4", {"log_probs": True}),
+        ("f4", {"label_smoothing": 0.1}),
+        ("f4", {"weight": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(5,), (60, 1), (61, 2), (300, 7), (70, 16), (70, 17), (3, 20), (65, 33), (50, 257), (3, 4097), (4, 21, 9, 7)]
+    + [(2, 130, 43), (1, 9000), (0, 3), (2, 3, 0)],
+    ids=str,
+)
+def test_correct_rows_of_every_kind(tmp_path, rng, monkeypatch, shape, dtype, options, order):
+    """Rows with ties, masked classes, NaN and infinities, ignored ones, at every place of the largest logit."""
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 28)
+    monkeypatch.chdir(tmp_path)
+    n_classes = shape[0] if len(shape) == 1 else shape[1]
+    rows = () if len(shape) == 1 else (shape[0], *shape[2:])
+    for levels in (2, 50):
+        logits = rng.integers(0, levels, shape).astype(dtype)
+        odd = rng.choice([0.0, np.nan, np.inf, -np.inf], shape, p=[0.94, 0.02, 0.02, 0.02])
+        logits = np.where(rng.random((*rows[:1], 1, *rows[1:])[-len(shape) :]) < 0.5, logits, logits + odd)
+        logits[..., :1] = -np.inf
+        logits = logits.astype(dtype)
+        by_class = logits if len(shape) > 1 else logits[np.newaxis]
+        targets = np.where(rng.random(rows) < 0.6, by_class.argmax(1).reshape(rows), rng.integers(0, n_classes, rows))
+        targets = np.where(rng.random(rows) < 0.2, -100, targets)
+        np.save("x.npy", np.asarray(logits, order=order))
+        np.save("t.npy", targets)
+        weight = rng.random(n_classes) if "weight" in options else None
+        found = fastloss.score_file("x.npy", "t.npy", details=True, **{**options, "weight": weight})
+        assert found.n_correct == _count_correct(by_class, np.reshape(targets, (len(by_class), *rows[1:])))
+
+
+@pytest.mark.parametrize("shape", [(1, 100_000), (3, 70_000), (200_000, 9), (2, 5, 300, 300)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=list)
+def test_correct_rows_over_threads(tmp_path, rng, monkeypatch, shape, options):
+    monkeypatch.setattr(files, "CHUNK_BYTES", 1 << 28)
+    monkeypatch.chdir(tmp_path)
+    logits = rng.integers(0, 5, shape).astype(np.float32)
+    targets = np.where(rng.random((shape[0], *shape[2:])) < 0.6, logits.argmax(1), 0)
+    np.save("x.npy", logits)
+    np.save("t.npy", targets)
+    found = fastloss.score_file("x.npy", "t.npy", details=True, **options)
+    assert found.n_correct == _count_correct(logits, targets)
+
+
 @pytest.mark.usefixtures("serial")
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])

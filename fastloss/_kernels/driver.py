@@ -26,11 +26,12 @@ from fastloss._kernels._memory import CACHE_LINE, allocate, memory_type, release
 from fastloss._kernels._simd import lanes, next_task
 from fastloss._kernels.sums import FIRST_GUESS, STATE_SIZE, add_state, rounded
 
-# Where in a ledger the second sum lies, the counts, a guess for each sum, how values are added to the first and for how
-# many tiles more; the counter, which other workers may use, has a cache line of its own.
+# Where in a ledger the second sum lies, the counts (rows kept, targets out of range, predictions that are right), a
+# guess for each sum, how values are added to the first and for how many tiles more; the counter, which other workers
+# may use, has a cache line of its own.
 SECOND_SUM = STATE_SIZE
-KEPT, BAD = 2 * STATE_SIZE, 2 * STATE_SIZE + 1
-GUESS, SECOND_GUESS, WAY, WAY_TILES = (2 * STATE_SIZE + i for i in range(2, 6))
+KEPT, BAD, CORRECT = (2 * STATE_SIZE + i for i in range(3))
+GUESS, SECOND_GUESS, WAY, WAY_TILES = (2 * STATE_SIZE + i for i in range(3, 7))
 TAKEN = 2 * STATE_SIZE + 16
 LEDGER_SIZE = 2 * STATE_SIZE + 32
 
@@ -152,6 +153,7 @@ def _collect(ledgers, n_workers, kept):
         add_state(total[SECOND_SUM:KEPT], ledger[SECOND_SUM:KEPT])
         total[KEPT] += ledger[KEPT]
         total[BAD] += ledger[BAD]
+        total[CORRECT] += ledger[CORRECT]
     sums = rounded(total[:SECOND_SUM]), rounded(total[SECOND_SUM:KEPT])
     for i in range(len(kept)):
         kept[i] = total[i]

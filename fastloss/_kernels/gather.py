@@ -16,8 +16,8 @@ from fastloss._kernels._simd import (
     store,
     where,
 )
-from fastloss._kernels.driver import ANY_NUMBER, GUESS, SECOND_SUM, make_kernel
-from fastloss._kernels.losses import begin_targets, deliver
+from fastloss._kernels.driver import ANY_NUMBER, CORRECT, GUESS, SECOND_SUM, make_kernel
+from fastloss._kernels.losses import begin_targets, count_correct, deliver, weigh
 from fastloss._kernels.sums import FIRST_GUESS, NARROW, NO_GUESS
 
 # How many rows ahead of the loads their entries are asked for, in the first-level cache. The loads alone wait for
@@ -71,10 +71,10 @@ def _nll_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
     if adds and not _add_sums(zero, ledger[:SECOND_SUM], sums, guess, n_vectors, True):
         ledger[GUESS] = NO_GUESS
         adds = False
-    if geometry[tiles.IS_WEIGHTED]:
-        for i in range(n):
-            if targets[i] >= 0:
-                loss[i] *= weight[targets[i]]
+    weigh(weight, geometry, n, targets, loss)
+    if geometry[tiles.WANTS_CORRECT]:
+        tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
+        ledger[CORRECT] += count_correct(x, geometry, offsets, n, targets, near, scratch.narrow[0], None)
     deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, adds)
 
 

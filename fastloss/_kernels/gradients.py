@@ -475,7 +475,8 @@ def _cross_entropy(tile_sums, kept_in, scale):
         for i in range(0, n, lanes(like)):
             store(narrow[SHIFT], i, load(shifts, i, like))
             store(narrow[INVERSE], i, load(loss, i, like))
-        losses._finish_targets(x, weight, geometry, offsets, n, targets, near, shifts, loss, scratch)
+        losses._finish_targets(x, geometry, offsets, n, targets, near, shifts, loss, scratch)
+        losses.weigh(weight, geometry, n, targets, loss)
         losses.deliver(ledger, y, weight, out, geometry, start, n, others, targets, loss, False)
         _read_upstream(upstream, geometry, start, n, others, narrow[SCALE])
         tiles.row_offsets(geometry, GRADIENT, start, n, others)

@@ -16,15 +16,19 @@ from fastloss._kernels._simd import (
     lanes,
     load,
     load_one,
+    lowest_bit,
+    mask_bits,
     scalar,
     splat,
     store,
+    tree_sum,
     where,
 )
 from fastloss._kernels._vecmath import LOG1P_LIMIT, log1p
 from fastloss._kernels.driver import (
     ANY_NUMBER,
     BAD,
+    CORRECT,
     GUESS,
     KEPT,
     SECOND_GUESS,
@@ -42,6 +46,15 @@ def log1p_all(values, n):
     like = values[0]
     for i in range(0, n, lanes(like)):
         store(values, i, log1p(load(values, i, like)))
+
+
+@subroutine
+def weigh(weight, geometry, n, targets, loss):
+    """Multiply the losses of a tile by the weights of their targets, if there are any."""
+    if geometry[tiles.IS_WEIGHTED]:
+        for i in range(n):
+            if targets[i] >= 0:
+                loss[i] *= weight[targets[i]]
 
 
 @subroutine
@@ -69,6 +82,102 @@ def begin_targets(ledger, x, y, geometry, start, n, scratch):
     tiles.row_offsets(geometry, tiles.INPUT, start, n, places[0])
 
 
+# How far a loss must be from -log(1/2) or -log(1/C) to tell whether the prediction is right: far beyond its error.
+SLACK = 1e-3
+
+# Vectors of a row, or classes of a vector of rows, that are compared with the targets' logits before larger ones end
+# the search.
+VECTORS = 8
+
+
+@inline
+def _first_bits(count, n_lanes):
+    """Bits of the first ``count`` lanes."""
+    return (np.int64(1) << min(max(count, 0), n_lanes)) - 1
+
+
+@inline
+def _is_predicted(x, offset, stride, n_classes, target, own):
+    """Whether a row's target is the class of the largest logit: of equal ones the first, and the first NaN if there is
+    one, as ``numpy.argmax`` has it. ``own`` is the target's logit.
+    """
+    if own != own:
+        for c in range(target):
+            v = load_one(x, offset + c * stride, own)
+            if v != v:
+                return False
+        return True
+    owns, n_lanes = splat(own), lanes(own)
+    c, wrong = np.int64(0), np.int64(0)
+    if stride == 1:
+        while c < n_classes and offset + c + n_lanes <= len(x):
+            v = load(x, offset + c, own)
+            fits = mask_bits(v < owns) | (mask_bits(v == owns) & ~_first_bits(target - c, n_lanes))
+            wrong |= _first_bits(n_classes - c, n_lanes) & ~fits
+            c += n_lanes
+            if c % (VECTORS * n_lanes) == 0 and wrong:
+                return False
+    while c < n_classes:
+        v = load_one(x, offset + c * stride, own)
+        if not (v < own or (v == own and c >= target)):
+            return False
+        c += 1
+    return wrong == 0
+
+
+@inline
+def _are_predicted(x, offset, stride, n_classes, target, owns, fits):
+    """:func:`_is_predicted` of the rows of a vector that lie side by side and that ``fits`` holds; ``owns`` are the
+    targets' logits. (Not of those for which that is NaN.)
+    """
+    own = first_lane(owns)
+    for low in range(0, n_classes, VECTORS):
+        if not any_lane(fits):
+            break
+        for c in range(low, min(low + VECTORS, n_classes)):
+            v = load(x, offset + c * stride, own)
+            fits = fits & ((v < owns) | ((v == owns) & (target <= splat(integer_like(c, own)))))
+    return fits
+
+
+@subroutine
+def count_correct(x, geometry, offsets, n, targets, near, own, loss):
+    """How many targets of a tile are their rows' predictions, see :func:`_is_predicted`.
+
+    ``loss``, if it is an array, holds -log p of each target, which tells most rows: the largest probability is that of
+    a target with p > 1/2, and not that of one with p < 1/C. The others are looked through, while the tile is in the
+    cache, up to a larger class. ``own`` is scratch for the targets' logits.
+    """
+    n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
+    like, integer = own[0], integer_like(0, own[0])
+    n_lanes, zero, one = lanes(like), splat(scalar(0.0, like)), splat(scalar(1.0, like))
+    right = splat(scalar(np.log(2.0) - SLACK, like))
+    wrong = splat(scalar(np.log(np.float64(n_classes)) + SLACK, like))
+    behind_last_class = max((n_classes - 1) * stride, 0) + n_lanes
+    for i in range(n):
+        own[i] = load_one(x, offsets[i] + max(targets[i], 0) * stride, like)
+    found, n_found = zero, np.int64(0)
+    for first in range(0, n, n_lanes):
+        last, offset = min(first + n_lanes, n) - 1, offsets[first]
+        target, owns = load(near, first, integer), load(own, first, like)
+        unsure = target >= splat(integer)
+        if loss is not None and n_classes > n_lanes:
+            value = load(loss, first, like)
+            is_right = unsure & (value < right)
+            found = found + where(is_right, one, zero)
+            unsure = unsure & (is_right ^ (zero == zero)) & ((value > wrong) ^ (zero == zero))
+        if stride != 1 and offsets[last] - offset == last - first and offset + behind_last_class <= len(x):
+            fits = _are_predicted(x, offset, stride, n_classes, target, owns, unsure)
+            found = found + where(fits, one, zero)
+            unsure = unsure & (owns != owns)
+        bits = mask_bits(unsure)
+        while bits:
+            i = first + lowest_bit(bits)
+            n_found += _is_predicted(x, offsets[i], stride, n_classes, targets[i], own[i])
+            bits &= bits - 1
+    return n_found + np.int64(tree_sum(found))
+
+
 @subroutine
 def _sum_again(x, geometry, offsets, begin, end, targets, shifts, loss, scratch):
     """The losses of some rows of a tile; those that could not be summed relative to the target, relative to the
@@ -89,10 +198,10 @@ def _sum_again(x, geometry, offsets, begin, end, targets, shifts, loss, scratch)
 
 
 @subroutine
-def _finish_targets(x, weight, geometry, offsets, n, targets, near, shifts, loss, scratch):
-    """The losses of a tile from the sums of its rows, ``loss``.
+def _finish_targets(x, geometry, offsets, n, targets, near, shifts, loss, scratch):
+    """The losses of a tile, without weights, from the sums of its rows, ``loss``.
 
-    Computes, with s the sum of exp(x[c] - x[t]) over c != t, the loss w[t] * log1p(s).
+    Computes, with s the sum of exp(x[c] - x[t]) over c != t, the loss log1p(s).
 
     Method: shifting by the target keeps the digits of a small loss and needs no pass for the maximum. Where s is too
     large (the target lies some 88 below the maximum) or x[t] is no number, the row is summed again, shifted by the
@@ -109,10 +218,6 @@ def _finish_targets(x, weight, geometry, offsets, n, targets, near, shifts, loss
         if any_lane(kept & (fits ^ (zero == zero))):
             store(loss, i, rest)
             _sum_again(x, geometry, offsets, i, min(i + n_lanes, n), targets, shifts, loss, scratch)
-    if geometry[tiles.IS_WEIGHTED]:
-        for i in range(n):
-            if targets[i] >= 0:
-                loss[i] *= weight[targets[i]]
 
 
 def _cross_entropy(tile_sums):
@@ -125,7 +230,10 @@ def _cross_entropy(tile_sums):
         start, n = tiles.tile_bounds(geometry, tile)
         begin_targets(ledger, x, y, geometry, start, n, scratch)
         tile_sums(x, geometry, start, offsets, n, targets, shifts, loss, scratch, None, offsets, 0)
-        _finish_targets(x, weight, geometry, offsets, n, targets, scratch.near, shifts, loss, scratch)
+        _finish_targets(x, geometry, offsets, n, targets, scratch.near, shifts, loss, scratch)
+        if geometry[tiles.WANTS_CORRECT]:
+            ledger[CORRECT] += count_correct(x, geometry, offsets, n, targets, scratch.near, shifts, loss)
+        weigh(weight, geometry, n, targets, loss)
         deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
 
     return do_tile
@@ -188,6 +296,8 @@ def _smoothed_cross_entropy(tile_sums):
                 if not np.isfinite(uniform):
                     uniform = _special_loss(x, None, geometry, offsets[i], 0, weight, 1.0, 0.0, largest[i], loss[i])
                 loss[i] = keep * (np.float64(weight[targets[i]]) * at_target) + spread * uniform
+        if geometry[tiles.WANTS_CORRECT]:
+            ledger[CORRECT] += count_correct(x, geometry, offsets, n, targets, scratch.near, largest, None)
         deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
 
     return do_tile

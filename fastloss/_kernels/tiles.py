@@ -30,8 +30,8 @@ from fastloss._kernels._simd import (
 
 N_ROWS, N_CLASSES, TILE_ROWS, FIRST_TILE, N_TILES, RUN, N_AXES = range(7)
 # Options: the kind of the targets, whether one of them is ignored and which, whether there are weights, what is wanted.
-TARGET_KIND, HAS_IGNORE, IGNORE_INDEX, IS_WEIGHTED, WANTS_ROWS, WANTS_SUM, IS_LOG = range(7, 14)
-HEADER = 14
+TARGET_KIND, HAS_IGNORE, IGNORE_INDEX, IS_WEIGHTED, WANTS_ROWS, WANTS_SUM, IS_LOG, WANTS_CORRECT = range(7, 15)
+HEADER = 15
 
 # Slots beyond the rows of a tile: room for a vector, and a stride of the stages that spreads over the cache's sets.
 PADDING = 16

@@ -1,6 +1,7 @@
 """Fixtures: seeded random numbers, arrays that must come back as they went in, every memory layout."""
 
 import itertools
+import signal
 import zlib
 
 import numpy as np
@@ -10,6 +11,10 @@ from hypothesis import settings
 # The same examples on every run; compiling a kernel takes seconds, so no deadline.
 settings.register_profile("fastloss", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("fastloss")
+
+# Tests interrupt processes, which inherit it where Ctrl-C is ignored: as it is in what a script starts with "&".
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)

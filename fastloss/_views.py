@@ -27,10 +27,12 @@ _TILE_OF_ENTRIES = 2048
 _MANY_ENTRIES = 64 * _TILE_OF_ENTRIES
 _MANY_ROWS = 8192  # for fewer rows, the scratch of so large a tile may be larger than the input
 _TILE_BYTES = 1 << 17
-# Up to this many classes, a contiguous class axis goes through the kernel for strided ones, 16 rows to a vector.
-FEW_CLASSES = 32
+# Up to so many bytes of classes in the compute dtype (36 float32, 18 float64), a contiguous class axis goes through the
+# kernel for strided ones, a vector of rows at a time. (Of 33 float32 classes log-sum-exp takes 1.4 times as long row by
+# row, cross-entropy 1.1 times; of 48 float32 or 24 float64 classes, cross-entropy and softmax take 0.8 times as long.)
+_FEW_BYTES = 144
 # With fewer rows than this, a vector of rows would be mostly empty.
-FEW_ROWS = 8
+_FEW_ROWS = 8
 # Elements per tile of the pointwise kernel: what is done once per tile shows (65,536 x 500 takes 1.1 times as long with
 # 1024), and two streams of a tile fit into the first-level cache (1.03 times as long with 4096).
 ELEMENT_TILE = 2048
@@ -112,12 +114,17 @@ def flatten(array: Array, is_index: bool = False) -> tuple[Array, Layout]:
     return np.asarray(memory), (array.dtype, array.shape, array.strides, -low)
 
 
+def is_in_rows(n_rows: int, n_classes: int, dtype: np.dtype[Any], is_contiguous: bool) -> bool:
+    """Whether a kernel that computes in a dtype takes classes of one row to a vector (else one of several rows)."""
+    return n_rows < _FEW_ROWS or (is_contiguous and n_classes * dtype.itemsize > _FEW_BYTES)
+
+
 def tile_rows(n_rows: int, n_classes: int, in_rows: bool) -> int:
     """Rows per tile: no more than there are, and few enough for contiguous rows to stay in the second-level cache."""
     most = min(TILE, -(-n_rows // 16) * 16)
     if in_rows:
         return max(1, min(most, _TILE_BYTES // (4 * n_classes)))
-    if n_classes <= FEW_CLASSES:
+    if n_classes <= _FEW_BYTES // 4:
         return TILE_OF_FEW if n_rows >= _MANY_ROWS else most
     return most
 

@@ -696,11 +696,6 @@ def _index_options(
     return _views.Options(kind, has_ignore, bits, weighted, wants_rows, wants_sum, wants_correct=wants_correct)
 
 
-def _is_in_rows(n_rows: int, n_classes: int, is_contiguous: bool) -> bool:
-    """Whether a kernel takes classes of one row to a vector (else one class of several rows)."""
-    return n_rows < _views.FEW_ROWS or (n_classes > _views.FEW_CLASSES and is_contiguous)
-
-
 @functools.lru_cache(maxsize=512)
 def _index_plan(
     logits: _views.Layout,
@@ -720,7 +715,7 @@ def _index_plan(
     dtype, shape, strides, _ = logits
     target_dtype, rows, _, _ = target
     n_classes, n_rows = shape[axis], math.prod(rows)
-    in_rows = _is_in_rows(n_rows, n_classes, strides[axis] == dtype.itemsize)
+    in_rows = _views.is_in_rows(n_rows, n_classes, _views.compute_dtype(dtype), strides[axis] == dtype.itemsize)
     if is_nll:
         kernel = gather.nll
     elif smoothed:
@@ -869,7 +864,7 @@ def _add_probability_loss(
         for x, y, result in _views.readable_pieces(((logits, axis, False), (target, axis, False)), (out, None), dtype):
             rows = _validation.row_shape(x.shape, axis)
             n_rows = math.prod(rows)
-            in_rows = _is_in_rows(n_rows, n_classes, x.strides[axis] == x.itemsize)
+            in_rows = _views.is_in_rows(n_rows, n_classes, dtype, x.strides[axis] == x.itemsize)
             tile = _views.tile_rows(n_rows, n_classes, in_rows)
             arrays = ((x, axis), (y, axis), (result, None))
             (flat, flat_y, flat_out), table = _views.lay_out(rows, n_classes, tile, arrays, dtype, options)
@@ -929,7 +924,7 @@ def _logsumexp(
     inputs = ((classes_last, len(shape), False),)
     for x, result in _views.readable_pieces(inputs, (out, None), _views.compute_dtype(values.dtype)):
         n_rows = x.size // n_classes
-        in_rows = _is_in_rows(n_rows, n_classes, x.strides[-1] == x.itemsize)
+        in_rows = _views.is_in_rows(n_rows, n_classes, dtype, x.strides[-1] == x.itemsize)
         tile = _views.tile_rows(n_rows, n_classes, in_rows)
         if not in_rows and n_classes > driver.GROUP:
             tile = _views.wide_tile_rows(n_rows, -(-n_classes // driver.CHUNK), runtime.num_threads())
@@ -964,7 +959,7 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
         for x, result in _views.readable_pieces(((logits, axis, False),), (probabilities, axis), dtype):
             rows = _validation.row_shape(x.shape, axis)
             n_rows = math.prod(rows)
-            in_rows = _is_in_rows(n_rows, n_classes, x.strides[axis] == x.itemsize)
+            in_rows = _views.is_in_rows(n_rows, n_classes, dtype, x.strides[axis] == x.itemsize)
             tile = _views.tile_rows(n_rows, n_classes, in_rows)
             options = _views.Options(is_log=is_log)
             arrays = ((x, axis), (result, axis))

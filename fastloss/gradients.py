@@ -263,12 +263,14 @@ def _plan(
     _forks.runtime()
     from fastloss._kernels import gradients
 
-    logits = layouts[0]
+    logits, gradient = layouts[0], layouts[3]
     assert logits is not None
+    assert gradient is not None
     dtype, shape, strides, _ = logits
     n_classes, rows = shape[axis], _views.without(shape, axis)
     n_rows = math.prod(rows)
-    in_rows = kind != "nll" and functional._is_in_rows(n_rows, n_classes, strides[axis] == dtype.itemsize)
+    is_contiguous = strides[axis] == dtype.itemsize
+    in_rows = kind != "nll" and _views.is_in_rows(n_rows, n_classes, gradient[0], is_contiguous)
     kernel = {
         "plain": (gradients.cross_entropy_planes, gradients.cross_entropy_rows),
         "smoothed": (gradients.smoothed_planes, gradients.smoothed_rows),

@@ -150,33 +150,6 @@ def _write_rows(x, y, weight, keep, spread, geometry, start, offsets, y_offsets,
                     gradient[at + c * out_stride] = out_stage[c - begin]
 
 
-@subroutine
-def _unstage_classes(stage, out, offsets, n, stride, low, high, width, like):
-    """The way back of :func:`fastloss._kernels.planes.stage_classes`."""
-    n_lanes = lanes(like)
-    if stride == 1 and n >= n_lanes and high - low >= 4:
-        for slot in range(0, n, n_lanes):
-            row = planes.row_of(slot, n, n_lanes)
-            for c in range(low, high, 4):
-                begin = min(c, high - 4)
-                at = (begin - low) * width + row
-                store_columns(
-                    out, offsets, row, begin,
-                    load(stage, at, like), load(stage, at + width, like),
-                    load(stage, at + 2 * width, like), load(stage, at + 3 * width, like),
-                )  # fmt: skip
-    elif stride == 1:
-        for i in range(n):
-            offset = offsets[i] + low
-            for c in range(high - low):
-                out[offset + c] = stage[c * width + i]
-    else:
-        for c in range(high - low):
-            shift = (low + c) * stride
-            for i in range(n):
-                out[offsets[i] + shift] = stage[c * width + i]
-
-
 @inline
 def _write_planes(x, y, weight, keep, spread, geometry, start, offsets, y_offsets, n, gradient, targets, near, scratch):
     """Write the gradient of each row of a tile, rows side by side: for a strided class axis, and few classes."""
@@ -224,7 +197,7 @@ def _write_planes(x, y, weight, keep, spread, geometry, start, offsets, y_offset
                 value = _entry(v, target == this_class, m, shift, inverse, scale, own, total, short, tie)
                 store(sink, sink_at + row, where(target < nothing, zero, value))
         if not out_direct:
-            _unstage_classes(out_stage, gradient, out_offsets, n, out_stride, low, high, width, like)
+            planes.unstage_classes(out_stage, gradient, out_offsets, n, out_stride, low, high, width, like)
 
 
 @inline
@@ -315,7 +288,7 @@ def _scale_planes(geometry, start, n, gradient, offsets, near, targets, narrow, 
                 else:
                     store(sink, at + row, value)
         if not direct:
-            _unstage_classes(out_stage, gradient, offsets, n, stride, low, high, width, like)
+            planes.unstage_classes(out_stage, gradient, offsets, n, stride, low, high, width, like)
     if streams:
         fence()
 

@@ -15,6 +15,7 @@ from fastloss._kernels._simd import (
     integer_like,
     lanes,
     load,
+    load_integers,
     load_one,
     lowest_bit,
     mask_bits,
@@ -258,6 +259,18 @@ def _special_loss(x, y, geometry, offset, y_offset, weight, keep, spread, larges
     return total
 
 
+@inline
+def _join_terms(log_rest, moment, mass, result, n):
+    """Write log_rest * mass + moment of each row; where that is not finite."""
+    zero = splat(0.0)
+    odd = zero != zero
+    for i in range(0, n, lanes(0.0)):
+        value = load(log_rest, i, 0.0) * load(mass, i, 0.0) + load(moment, i, 0.0)
+        odd = odd | (value - value != zero)
+        store(result, i, value)
+    return odd
+
+
 def _smoothed_cross_entropy(tile_sums):
     """Cross-entropy with index targets and label smoothing.
 
@@ -273,8 +286,8 @@ def _smoothed_cross_entropy(tile_sums):
         like = out[0]
         stride = tiles.class_stride(geometry, tiles.INPUT)
         offsets, targets = scratch.places[0], scratch.places[2]
-        largest, loss = scratch.narrow[0], scratch.narrow[1]
-        rest, moment, mass = scratch.wide[4], scratch.wide[5], scratch.wide[6]
+        largest, loss, at_target = scratch.narrow[0], scratch.narrow[1], scratch.narrow[2]
+        rest, moment, mass, own_weight = scratch.wide[4], scratch.wide[5], scratch.wide[6], scratch.wide[7]
         start, n = tiles.tile_bounds(geometry, tile)
         begin_targets(ledger, x, y, geometry, start, n, scratch)
         tile_sums(
@@ -284,18 +297,20 @@ def _smoothed_cross_entropy(tile_sums):
         for i in range(n):
             loss[i] = rest[i]
         log1p_all(loss, n)
+        odd = _join_terms(loss, moment, mass, moment, n)
+        if any_lane(odd):
+            for i in range(n):
+                if targets[i] >= 0 and not np.isfinite(moment[i]):
+                    moment[i] = _special_loss(x, None, geometry, offsets[i], 0, weight, 1.0, 0.0, largest[i], loss[i])
         for i in range(n):
-            if targets[i] < 0:
-                loss[i] = 0.0
-            elif not np.isfinite(largest[i]):
-                loss[i] = np.nan
-            else:
-                logit = load_one(x, offsets[i] + targets[i] * stride, like)
-                at_target = np.float64(largest[i] - logit) + np.float64(loss[i])
-                uniform = np.float64(loss[i]) * mass[i] + moment[i]
-                if not np.isfinite(uniform):
-                    uniform = _special_loss(x, None, geometry, offsets[i], 0, weight, 1.0, 0.0, largest[i], loss[i])
-                loss[i] = keep * (np.float64(weight[targets[i]]) * at_target) + spread * uniform
+            at = max(targets[i], 0)
+            at_target[i] = largest[i] - load_one(x, offsets[i] + at * stride, like)
+            own_weight[i] = weight[at]
+        for i in range(0, n, lanes(0.0)):
+            plain = load(own_weight, i, 0.0) * (load(at_target, i, 0.0) + load(loss, i, 0.0))
+            value = splat(keep) * plain + splat(spread) * load(moment, i, 0.0)
+            has_target = load_integers(targets, 8 * i, np.int64(0)) >= splat(np.int64(0))
+            store(loss, i, where(has_target, value, splat(0.0)))
         if geometry[tiles.WANTS_CORRECT]:
             ledger[CORRECT] += count_correct(x, geometry, offsets, n, targets, scratch.near, largest, None)
         deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
@@ -326,13 +341,15 @@ def _probabilities(tile_sums):
         for i in range(n):
             loss[i] = rest[i]
         log1p_all(loss, n)
+        odd = _join_terms(loss, moment, mass, moment, n)
+        if any_lane(odd):
+            for i in range(n):
+                if not np.isfinite(moment[i]):
+                    moment[i] = _special_loss(
+                        x, y, geometry, offsets[i], y_offsets[i], weight, keep, spread, largest[i], loss[i]
+                    )
         for i in range(n):
-            value = np.float64(loss[i]) * mass[i] + moment[i]
-            if not np.isfinite(value):
-                value = _special_loss(
-                    x, y, geometry, offsets[i], y_offsets[i], weight, keep, spread, largest[i], loss[i]
-                )
-            loss[i] = value
+            loss[i] = moment[i]
         deliver(ledger, y, weight, out, geometry, start, n, offsets, offsets, loss, False)
 
     return do_tile

@@ -29,6 +29,7 @@ from fastloss._kernels._simd import (
     scalar,
     splat,
     store,
+    store_columns,
     where,
 )
 from fastloss._kernels._vecmath import exp, exp_falling, exp_falling_difference
@@ -151,6 +152,33 @@ def stage_classes(x, offsets, n, stride, low, high, width, stage, like):
                 stage[c * width + i] = x[offsets[i] + shift]
 
 
+@subroutine
+def unstage_classes(stage, out, offsets, n, stride, low, high, width, like):
+    """The way back of :func:`stage_classes`."""
+    n_lanes = lanes(like)
+    if stride == 1 and n >= n_lanes and high - low >= 4:
+        for slot in range(0, n, n_lanes):
+            row = row_of(slot, n, n_lanes)
+            for c in range(low, high, 4):
+                begin = min(c, high - 4)
+                at = (begin - low) * width + row
+                store_columns(
+                    out, offsets, row, begin,
+                    load(stage, at, like), load(stage, at + width, like),
+                    load(stage, at + 2 * width, like), load(stage, at + 3 * width, like),
+                )  # fmt: skip
+    elif stride == 1:
+        for i in range(n):
+            offset = offsets[i] + low
+            for c in range(high - low):
+                out[offset + c] = stage[c * width + i]
+    else:
+        for c in range(high - low):
+            shift = (low + c) * stride
+            for i in range(n):
+                out[offsets[i] + shift] = stage[c * width + i]
+
+
 @inline
 def _lane_of(c, low, high, n_classes, n_lanes):
     """The lane that class c is added to: as in :mod:`rows`, the classes of the tail go to the last lanes."""
@@ -166,10 +194,9 @@ def _is_first(c, low, high, n_classes, n_lanes):
 
 
 @inline
-def _clear(sums, count, width, like):
-    zero = splat(scalar(0.0, like))
-    for i in range(0, count * width, lanes(like)):
-        store(sums, i, zero)
+def _fill(values, n, value):
+    for i in range(0, n, lanes(first_lane(value))):
+        store(values, i, value)
 
 
 @inline
@@ -219,7 +246,7 @@ def _target_block(x, offsets, n, low, high, n_classes, stride, direct, near, shi
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     zero, integer = splat(scalar(0.0, like)), integer_like(0, like)
     if high - low < n_lanes <= n_classes:
-        _clear(sums, n_lanes, width, like)
+        _fill(sums, n_lanes * width, zero)
     for c in range(low, high):
         if not direct and (c - low) % BATCH == 0:
             stage_classes(x, offsets, n, stride, c, min(c + BATCH, high), width, stage, like)
@@ -433,7 +460,7 @@ def _target_classes(x, geometry, start, offsets, n, begin, end, shifts, scratch,
                     x, offsets, n, low, high, n_classes, stride, direct, near, shifts, width, sums, stage, scratch.kept
                 )
                 if n_classes > BLOCK:
-                    _unstage_classes(scratch.kept, kept, kept_offsets, n, kept_stride, low, high, width)
+                    unstage_classes(scratch.kept, kept, kept_offsets, n, kept_stride, low, high, width, like)
             _add_block(chunk_total, sums, n_slots)
         _add_block(total, chunk_total, n_slots)
     return total
@@ -573,6 +600,17 @@ def _max_shift_lane(
 
 
 @inline
+def _finish_one_group(found, chunk_rest, rest_low, ties, slot, largest, rest, row):
+    """:func:`fastloss._kernels.rows.whole_rest` of a vector of rows, each of one group."""
+    one, zero = splat(1.0), splat(0.0)
+    store(largest, row, load(found, slot, found[0]))
+    for i in range(0, lanes(found[0]), lanes(0.0)):
+        own = where(load(found, slot + i, 0.0) > splat(-np.inf), one, zero)
+        others = load(chunk_rest, slot + i, 0.0) + (load(ties, slot + i, 0.0) - own)
+        store(rest, row + i, others + load(rest_low, slot + i, 0.0))
+
+
+@inline
 def max_shift_tile(
     x,
     geometry,
@@ -667,23 +705,22 @@ def _max_shift_classes(
     y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
     y_direct = is_direct(geometry, tiles.TARGET, start, n, n_lanes) if y is not None else direct
     is_known = False
+    asks = stride == 1 and n_classes <= BLOCK
     zero = splat(scalar(0.0, like))
-    lowest = splat(scalar(-np.inf, like))
-    for i in range(n):
-        largest[i] = -np.inf
-        rest[i] = 0.0
-        moment[i] = 0.0
-        mass[i] = 0.0
+    lowest, none = splat(scalar(-np.inf, like)), splat(0.0)
+    _fill(largest, n_slots, lowest)
+    _fill(rest, n_slots, none)
+    _fill(moment, n_slots, none)
+    _fill(mass, n_slots, none)
     for chunk in range(begin, end, CHUNK):
-        for slot in range(n_slots):
-            chunk_largest[slot] = -np.inf
-            base[slot] = -np.inf
-            older[slot] = 0.0
-            chunk_rest[slot] = 0.0
-            rest_low[slot] = 0.0
-            chunk_ties[slot] = 0.0
-            chunk_moment[slot] = 0.0
-            chunk_mass[slot] = 0.0
+        _fill(chunk_largest, n_slots, lowest)
+        _fill(base, n_slots, lowest)
+        _fill(older, n_slots, none)
+        _fill(chunk_rest, n_slots, none)
+        _fill(rest_low, n_slots, none)
+        _fill(chunk_ties, n_slots, none)
+        _fill(chunk_moment, n_slots, none)
+        _fill(chunk_mass, n_slots, none)
         chunk_end = min(chunk + CHUNK, end)
         for group in range(chunk, chunk_end, size):
             group_end = min(group + size, chunk_end)
@@ -700,19 +737,23 @@ def _max_shift_classes(
             for slot in range(0, n_slots, n_lanes):
                 store(next_largest, slot, lowest)
                 store(ties, slot, splat(scalar(group_end - group, like)))
-            for slot in range(n_slots):
-                if group_largest[slot] > chunk_largest[slot]:
-                    if chunk_largest[slot] > -np.inf:
-                        base[slot], older[slot] = close_segment(
-                            chunk_largest[slot], chunk_rest[slot], rest_low[slot], chunk_ties[slot],
-                            base[slot], older[slot],
-                        )  # fmt: skip
-                        chunk_rest[slot] = 0.0
-                        rest_low[slot] = 0.0
-                        chunk_ties[slot] = 0.0
-                    grown = group_largest[slot] - finite_shift(chunk_largest[slot])
-                    chunk_moment[slot] += np.float64(grown) * chunk_mass[slot]
-                    chunk_largest[slot] = group_largest[slot]
+            for first in range(0, n_slots, n_lanes):
+                if group == chunk:
+                    store(chunk_largest, first, load(group_largest, first, like))
+                    continue
+                for slot in range(first, first + n_lanes):
+                    if group_largest[slot] > chunk_largest[slot]:
+                        if chunk_largest[slot] > -np.inf:
+                            base[slot], older[slot] = close_segment(
+                                chunk_largest[slot], chunk_rest[slot], rest_low[slot], chunk_ties[slot],
+                                base[slot], older[slot],
+                            )  # fmt: skip
+                            chunk_rest[slot] = 0.0
+                            rest_low[slot] = 0.0
+                            chunk_ties[slot] = 0.0
+                        grown = group_largest[slot] - finite_shift(chunk_largest[slot])
+                        chunk_moment[slot] += np.float64(grown) * chunk_mass[slot]
+                        chunk_largest[slot] = group_largest[slot]
             for slot in range(0, n_slots, n_lanes):
                 shift = load(chunk_largest, slot, like)
                 store(shifts, slot, where(shift > lowest, shift, zero))
@@ -723,6 +764,9 @@ def _max_shift_classes(
                 for slot in range(0, n_slots, n_lanes):
                     row = row_of(slot, n, n_lanes)
                     staged = slot * slot_step if direct else row
+                    if asks:
+                        for line in range(0, n_lanes * n_classes * x.itemsize, CACHE_LINE):
+                            prefetch_l2(x, offsets[row], n * n_classes * x.itemsize + line)
                     shift, slot_ties = load(shifts, slot, like), load(ties, slot, like)
                     for lane in range(min(n_lanes, n_classes)):
                         ahead = _copy_ahead(
@@ -754,6 +798,12 @@ def _max_shift_classes(
             _add_block(chunk_ties, ties, n_slots)
         for slot in range(0, n_slots, n_lanes):
             row = row_of(slot, n, n_lanes)
+            if end - begin <= size:
+                _finish_one_group(chunk_largest, chunk_rest, rest_low, chunk_ties, slot, largest, rest, row)
+                for i in range(0, n_lanes, lanes(0.0)):
+                    store(moment, row + i, load(chunk_moment, slot + i, 0.0))
+                    store(mass, row + i, load(chunk_mass, slot + i, 0.0))
+                continue
             for i in range(max(0, slot - row), n_lanes):
                 at = slot + i
                 whole = whole_rest(chunk_largest[at], chunk_rest[at], rest_low[at], chunk_ties[at], base[at], older[at])
@@ -967,13 +1017,14 @@ def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shi
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     out_direct = is_direct(geometry, tiles.SECOND, start, n, n_lanes)
+    is_staged = not direct and geometry[tiles.N_CLASSES] <= GROUP  # by :func:`_search_group`
     for low in range(begin, end, BATCH):
         high = min(low + BATCH, end)
-        if not direct:
+        if not direct and not is_staged:
             stage_classes(x, offsets, n, stride, low, high, width, stage, like)
         for c in range(low, high):
             source = x if direct else stage
-            at = offsets[0] + c * stride if direct else (c - low) * width
+            at = offsets[0] + c * stride if direct else (c if is_staged else c - low) * width
             sink = out if out_direct else out_stage
             sink_at = out_offsets[0] + c * out_stride if out_direct else (c - low) * width
             for slot in range(0, n_slots, n_lanes):
@@ -981,19 +1032,4 @@ def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shi
                 v, shift, scale = load(source, at + row, like), load(shifts, row, like), load(scales, row, like)
                 store(sink, sink_at + row, entry(v, shift, scale, is_log))
         if not out_direct:
-            _unstage_classes(out_stage, out, out_offsets, n, out_stride, low, high, width)
-
-
-@subroutine
-def _unstage_classes(stage, out, offsets, n, stride, low, high, width):
-    """The way back of :func:`stage_classes`."""
-    if stride == 1:
-        for i in range(n):
-            offset = offsets[i] + low
-            for c in range(high - low):
-                out[offset + c] = stage[c * width + i]
-    else:
-        for c in range(high - low):
-            shift = (low + c) * stride
-            for i in range(n):
-                out[offsets[i] + shift] = stage[c * width + i]
+            unstage_classes(out_stage, out, out_offsets, n, out_stride, low, high, width, like)

@@ -347,7 +347,7 @@ class TestProperties:
 # ---------------------------------------------------------------------------------------- layouts, dtypes, bits
 
 
-@pytest.mark.parametrize("shape", [(9, 7), (12, 40), (4, 5, 3), (3, 19, 4, 5)], ids=shape_id)
+@pytest.mark.parametrize("shape", [(9, 7), (12, 40), (40, 16), (64, 32), (4, 5, 3), (3, 19, 4, 5)], ids=shape_id)
 def test_every_layout(rng, shape, layout):
     """The bits of C order, the memory order of the input, nothing written to."""
     x, t, w, upstream = make_problem(rng, shape)

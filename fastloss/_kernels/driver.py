@@ -93,13 +93,13 @@ def _padded(n_bytes):
 def _make_scratch(x, y, out, geometry, light, keeps, records):
     width, n_classes = tiles.scratch_width(geometry), geometry[tiles.N_CLASSES]
     n_lanes, group = lanes(out[0]), group_size(n_classes)
+    of_few = 2 * min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING)
     if n_classes <= light * n_lanes:
         n_narrow, n_wide, n_lane_sums, n_others, n_out = 2, 2, 0, width, width
-        of_few = 2 * min(n_classes, 2 * n_lanes) * min(width, STAGED_ROWS + tiles.PADDING)
         n_staged = max(width, min(n_classes, group) + 2 * tiles.PADDING, of_few)
     else:
         n_narrow, n_wide, n_lane_sums, n_out = 8, 9, min(n_lanes, n_classes) * width, BATCH * width
-        n_staged = (max(BATCH, n_classes if n_classes <= group else 2 * group) + 1) * width
+        n_staged = max((max(BATCH, n_classes if n_classes <= group else 2 * group) + 1) * width, of_few)
         n_others = min(max(BATCH, n_classes), BLOCK) * width
     places = _padded(4 * width)
     wide = places + 24 * width

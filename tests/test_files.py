@@ -605,6 +605,21 @@ def test_shards_larger_than_the_memory_allowed(tmp_path, rng, monkeypatch):
     assert json.loads(report)["loss"] == float(total.compute())
 
 
+@pytest.mark.parametrize("n_losses", [1, 5, 7, 1000, 5120, 9001])
+@pytest.mark.parametrize("levels", [2, 10, 100_000])
+@pytest.mark.parametrize("share_of_nan", [0.0, 0.001, 1.0])
+def test_worst_first(rng, n_losses, levels, share_of_nan):
+    losses = rng.integers(0, levels, n_losses).astype(np.float32)
+    losses[rng.random(n_losses) < 0.01] = np.inf
+    losses[rng.random(n_losses) < share_of_nan] = np.nan
+
+    def badness(i):
+        return (0, 0.0, i) if np.isnan(losses[i]) else (1, -losses[i], i)
+
+    in_order = sorted(range(n_losses), key=badness)
+    assert files.worst_first(losses, 5).tolist() == in_order[:5]
+
+
 @pytest.mark.usefixtures("serial")
 @pytest.mark.parametrize("n_ignored", [0, 40, 200])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": [1, 2, 3, 1, 2, 3, 0]}], ids=list)

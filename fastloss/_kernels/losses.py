@@ -261,7 +261,7 @@ def _special_loss(x, y, geometry, offset, y_offset, weight, keep, spread, larges
 
 @inline
 def _join_terms(log_rest, moment, mass, result, n):
-    """Write log_rest * mass + moment of each row; where that is not finite."""
+    """Write log_rest * mass + moment of each row; the lanes in which it is not finite for some row."""
     zero = splat(0.0)
     odd = zero != zero
     for i in range(0, n, lanes(0.0)):

@@ -1,5 +1,6 @@
 """softmax and log_softmax: values, axes, dtypes, layouts, special values. (Malformed calls: test_errors.py.)"""
 
+import itertools
 import math
 
 import numpy as np
@@ -107,6 +108,18 @@ class TestLayouts:
         got = function(x, 0)
         assert_close(got, reference(x, 0), np.float32)
         np.testing.assert_array_equal(got.T, function(np.ascontiguousarray(x.T), 1))
+
+    @pytest.mark.parametrize("n_classes", [1, 2, 8, 9, 16, 17, 31, 32, 33])
+    def test_few_classes(self, rng, layout, function, reference, n_classes):
+        """Some rows at a time, a vector of them at a time, the last ones twice; odd ones among them."""
+        for n_rows, dtype in itertools.product((9, 17, 64, 81), (np.float32, np.float64)):
+            x = (4 * rng.normal(size=(n_rows, n_classes))).astype(dtype)
+            x[rng.integers(0, n_rows, 3), rng.integers(0, n_classes, 3)] = -INF
+            x[2, n_classes // 2], x[-1, -1], x[n_rows // 2] = NAN, INF, -INF
+            got = function(layout(x))
+            assert_close(got, reference(x), dtype)
+            np.testing.assert_array_equal(function(layout(np.ascontiguousarray(x.T)), 0).T, got)
+            np.testing.assert_array_equal(function(x[5:6])[0], got[5])
 
     def test_zero_strides(self, rng, frozen, function, reference):
         x = np.broadcast_to(frozen(rng.normal(size=(6, 1, 7)).astype(np.float32)), (6, 5, 7))

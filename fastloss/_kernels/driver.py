@@ -59,8 +59,8 @@ STAGED_ROWS = 64
 #   sums      compute dtype: one value per lane and row, four times
 #   stage     a copy of a group of the input's classes; other_stage: of a block of another array's; out_stage: of a
 #             batch of the result's
-#   kept      compute dtype, for the kernels that keep what they have computed: a block of classes of each row, or a
-#             group of one row
+#   kept      compute dtype, for the kernels that keep what they have computed: a block of classes of each row, a group
+#             of one row, or the few classes of some rows
 #   records   no scratch: float64, what is known of the chunks of the rows, for the kernels of a Split; see record_at()
 #   memory    what the others are cut out of, to be released
 Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage out_stage kept records memory")
@@ -69,7 +69,7 @@ Scratch = namedtuple("Scratch", "near places narrow wide sums stage other_stage 
 ANY_NUMBER = 1 << 40
 
 # What there is room for in ``kept``.
-NOTHING, BLOCK_OF_ROWS, GROUP_OF_ROW = range(3)
+NOTHING, BLOCK_OF_ROWS, GROUP_OF_ROW, STAGED = range(4)
 
 
 @inline
@@ -109,7 +109,7 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
     other_stage = stage + _padded(n_staged * x.itemsize)
     out_stage = other_stage + _padded(n_others * y.itemsize)
     kept = out_stage + _padded(n_out * out.itemsize)
-    n_kept = (0, n_others, min(n_classes, group) + tiles.PADDING)[keeps]
+    n_kept = (0, n_others, min(n_classes, group) + tiles.PADDING, of_few // 2)[keeps]
     memory = allocate(kept + n_kept * out.itemsize + CACHE_LINE)
     return Scratch(
         take(memory, 0, width, np.int32(0)),

@@ -1,11 +1,9 @@
 """The kernels of softmax and log_softmax: a tile's statistics, then its entries while they are in the cache."""
 
-import numpy as np
-
 from fastloss._kernels import planes, rows, tiles
 from fastloss._kernels._jit import inline, subroutine
-from fastloss._kernels.driver import GROUP, GROUP_OF_ROW, NOTHING, Split, make_kernel, piece_bounds, record_at
-from fastloss._kernels.losses import log1p_all, logits_alone, max_shift_pieces
+from fastloss._kernels.driver import GROUP_OF_ROW, STAGED, Split, make_kernel, piece_bounds, record_at
+from fastloss._kernels.losses import logits_alone, max_shift_pieces
 
 
 @inline
@@ -19,22 +17,15 @@ def _find_scales(x, geometry, start, offsets, n, tile_sums, scratch):
     tile_sums(
         x, geometry, start, offsets, n, None, offsets, None, like, like, True, largest, rest, unused, unused, scratch
     )
-    is_log = geometry[tiles.IS_LOG] != 0
-    for i in range(n):
-        scales[i] = rest[i] if is_log else 1.0 / (1.0 + rest[i])
-    if is_log:
-        log1p_all(scales, n)
-    for i in range(n):
-        if not np.isfinite(largest[i]):
-            scales[i] = np.nan
+    rows.find_scales(largest, rest, scales, 0, n, geometry[tiles.IS_LOG] != 0)
 
 
-def _softmax(tile_sums, write_tile, scaled_tile):
+def _softmax(tile_sums, write_tile, can_scale, scaled_tile):
     """Softmax exp(x - M) * (1 / S) or log_softmax (x - M) - log1p(S - 1), with M the maximum and S = sum(exp(x - M)).
 
     Accuracy: within 4 ulp of the exact value, mostly 2, softmax where it is a normal number (benchmarks/accuracy.py;
     the terms of log_softmax are both negative, so nothing cancels). Memory passes: the tile is read twice more from the
-    cache and written once; by ``scaled_tile``, if there is one, what it keeps of a row is read instead.
+    cache and written once; where the module's ``scaled_tile`` serves, what it keeps of a row is read instead.
     """
 
     @subroutine
@@ -44,8 +35,8 @@ def _softmax(tile_sums, write_tile, scaled_tile):
         n_classes, is_log = geometry[tiles.N_CLASSES], geometry[tiles.IS_LOG] != 0
         tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
         tiles.row_offsets(geometry, tiles.SECOND, start, n, out_offsets)
-        if scaled_tile is not None and n_classes <= GROUP and not is_log:
-            scaled_tile(x, geometry, offsets, n, out, out_offsets, scratch)
+        if can_scale(geometry, out[0]):
+            scaled_tile(x, geometry, start, offsets, n, out, out_offsets, scratch)
             return
         _find_scales(x, geometry, start, offsets, n, tile_sums, scratch)
         write_tile(
@@ -92,16 +83,13 @@ def _make_softmax():
     """The kernels for contiguous and for strided classes."""
     kernels = []
     join = make_kernel("softmax_join", _join, has_records=True)
-    for module, kind, scaled_tile, keeps in (
-        (rows, "rows", rows.scaled_tile, GROUP_OF_ROW),
-        (planes, "planes", None, NOTHING),
-    ):
+    for module, kind, keeps in ((rows, "rows", GROUP_OF_ROW), (planes, "planes", STAGED)):
         do_piece = max_shift_pieces(module.max_shift_pieces, module.PIECE, logits_alone, is_exact=True)
         pieces = make_kernel(f"softmax_{kind}_pieces", do_piece, has_records=True)
         do_write = _write_pieces(module.write_tile, module.PIECE)
         write = make_kernel(f"softmax_{kind}_write", do_write, has_records=True)
         split = Split(pieces, module.PIECE, 4, join, write)
-        do_tile = _softmax(module.max_shift_tile, module.write_tile, scaled_tile)
+        do_tile = _softmax(module.max_shift_tile, module.write_tile, module.can_scale, module.scaled_tile)
         kernels.append(make_kernel(f"softmax_{kind}", do_tile, keeps=keeps, split=split))
     return kernels
 

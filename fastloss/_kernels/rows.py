@@ -34,7 +34,14 @@ from fastloss._kernels._simd import (
     tree_sum,
     where,
 )
-from fastloss._kernels._vecmath import exp, exp_and_difference, exp_difference, exp_falling, exp_falling_difference
+from fastloss._kernels._vecmath import (
+    exp,
+    exp_and_difference,
+    exp_difference,
+    exp_falling,
+    exp_falling_difference,
+    log1p,
+)
 from fastloss._kernels.driver import BLOCK, CHUNK, GROUP, group_size, record_at
 
 # How far ahead of the loads memory is asked for, in bytes. The CPU's own prefetcher starts anew with every page of 4
@@ -762,6 +769,23 @@ def entry(v, shift, scale, is_log):
 
 
 @inline
+def find_scales(largest, rest, scales, begin, n, is_log):
+    """What :func:`entry` takes as the scale, for the rows ``begin .. begin + n`` of a tile; NaN where no maximum is
+    finite.
+    """
+    like = largest[0]
+    one, zero = splat(1.0), splat(scalar(0.0, like))
+    for i in range(begin, begin + n, lanes(like)):
+        for k in range(i, i + lanes(like), lanes(0.0)):
+            others = load(rest, k, 0.0)
+            store(scales, k, others if is_log else one / (one + others))
+        found, scale = load(largest, i, like), load(scales, i, like)
+        if is_log:
+            scale = log1p(scale)
+        store(scales, i, where(found - found == zero, scale, splat(scalar(np.nan, like))))
+
+
+@inline
 def _write_block(x, origin, out, out_origin, low, high, n_classes, shift, scale, is_log):
     """:func:`entry` of the classes ``low .. high``."""
     n_lanes = lanes(scale)
@@ -800,7 +824,13 @@ def _write_row(
 
 
 @inline
-def scaled_tile(x, geometry, offsets, n, out, out_offsets, scratch):
+def can_scale(geometry, like):
+    """Whether :func:`scaled_tile` serves: log_softmax has nothing to keep."""
+    return geometry[tiles.N_CLASSES] <= GROUP and geometry[tiles.IS_LOG] == 0
+
+
+@inline
+def scaled_tile(x, geometry, start, offsets, n, out, out_offsets, scratch):
     """Write the softmax of each row of a tile: of rows that are one group.
 
     The exponentials that are summed are kept in the first-level cache, and scaled. To compute them anew takes 1.06 to

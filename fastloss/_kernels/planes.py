@@ -331,6 +331,12 @@ def _copy_rows(x, origin, next_origin, n_classes, stride, done, end, staged_rows
             copy(stage, c * width + row, x, origin + c * stride + row, like)
 
 
+@inline
+def _are_few(geometry, like):
+    """Whether a lane has at most two classes."""
+    return geometry[tiles.N_CLASSES] <= 2 * lanes(like)
+
+
 def _make_few_classes(do_vector, end_rows):
     """A function that goes through the rows of a tile where a lane has at most two classes: ``do_vector`` sees a vector
     of rows at a time, ``end_rows`` each run of :data:`STAGED_ROWS` after that, with ``output`` as well. Both get the
@@ -443,7 +449,7 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, 
     stage, near = scratch.stage, scratch.near
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
-    if n_classes <= 2 * n_lanes:
+    if _are_few(geometry, like):
         if kept is None:
             args = near, shifts, rest, None, width
             _target_of_few(x, offsets, n, n_classes, stride, direct, stage, like, args, None)
@@ -656,8 +662,7 @@ def _largest_vector(source, origin, step, n_classes, begin, row, args):
         v = load(source, at + c * step, like)
         found = where(v > found, v, found)
     store(largest, place, found)
-    zero = splat(scalar(0.0, like))
-    shift = where(found > splat(scalar(-np.inf, like)), found, zero)
+    shift = _finite_shifts(largest, place, like)
     n_ties = splat(scalar(n_classes, like))
     for lane in range(min(n_lanes, n_classes)):
         total, n_ties, _, _ = _max_shift_lane(
@@ -701,19 +706,19 @@ _softmax_of_few = _make_few_classes(_largest_vector, _write_few)
 
 
 @inline
-def _few_largest(x, geometry, start, offsets, n, exact, largest, rest, scratch):
-    """:func:`max_shift_tile` of the logits alone of few classes."""
+def _few_largest(x, geometry, start, offsets, n, largest, rest, scratch):
+    """:func:`max_shift_tile` of the logits alone of few classes; what is ``exact`` has :func:`scaled_tile`."""
     like = largest[0]
     direct = is_direct(geometry, tiles.INPUT, start, n, lanes(like))
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
-    args = largest, rest, scratch.sums[0], scratch.sums[1], exact, None, _staged_width(n, like)
+    args = largest, rest, scratch.sums[0], scratch.sums[1], False, None, _staged_width(n, like)
     _largest_of_few(x, offsets, n, n_classes, stride, direct, scratch.stage, like, args, None)
 
 
 @inline
 def can_scale(geometry, like):
     """Whether :func:`scaled_tile` serves."""
-    return geometry[tiles.N_CLASSES] <= 2 * lanes(like)
+    return _are_few(geometry, like)
 
 
 @inline
@@ -755,6 +760,9 @@ def max_shift_tile(
     """Of each row, the maximum, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass; see
     :func:`fastloss._kernels.rows.max_shift_row`.
     """
+    if weight is None and not exact and _are_few(geometry, largest[0]):
+        _few_largest(x, geometry, start, offsets, n, largest, rest, scratch)
+        return
     _max_shift_classes(
         x, geometry, start, offsets, n, 0, geometry[tiles.N_CLASSES], y, y_offsets, weight, keep, spread, exact,
         largest, rest, moment, mass, scratch,
@@ -810,9 +818,6 @@ def _max_shift_classes(
         return
     like = largest[0]
     n_lanes = lanes(like)
-    if weight is None and geometry[tiles.N_CLASSES] <= 2 * n_lanes:
-        _few_largest(x, geometry, start, offsets, n, exact, largest, rest, scratch)
-        return
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     width = tiles.scratch_width(geometry)
     stage, y_stage = scratch.stage, scratch.other_stage

@@ -317,6 +317,22 @@ finite_rows = hnp.arrays(
 )
 
 
+@pytest.mark.parametrize("layout_of", [np.ascontiguousarray, np.asfortranarray])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.5}], ids=["plain", "smoothed"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masked_by_the_lowest_number(dtype, options, layout_of):
+    """Softmax minus the target: what the difference of huge numbers loses in rounding has no part in it."""
+    lowest = np.finfo(dtype).min
+    x = np.full((20, 5), lowest / 4, dtype)
+    x[:, 1] = lowest * np.finfo(dtype).eps / -5
+    t = np.arange(20) % 5
+    targets = np.eye(5)[t] * (1 - options.get("label_smoothing", 0)) + options.get("label_smoothing", 0) / 5
+    expected = np.eye(5)[[1]] - targets
+    for target in (t, targets):
+        _, gradient = cross_entropy(layout_of(x), target, reduction="sum", **(options if target is t else {}))
+        np.testing.assert_allclose(gradient, expected, rtol=0, atol=4 * np.finfo(dtype).eps)
+
+
 class TestProperties:
     @given(finite_rows, st.randoms(use_true_random=False))
     def test_a_row_sums_to_zero(self, x, random):

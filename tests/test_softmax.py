@@ -170,6 +170,17 @@ class TestSpecialValues:
             assert np.isneginf(logarithms[masked]).all()
             assert np.isfinite(logarithms[~masked]).all()
 
+    @pytest.mark.parametrize("n_classes", [2, 30, 300])
+    @pytest.mark.parametrize("fraction", [2.0**-1, 2.0**-23, 1.7 * 2.0**-25, 2.0**-60, 0.0])
+    def test_masked_by_the_lowest_number(self, dtype, n_rows, n_classes, fraction):
+        """What rounding takes off such a difference can itself be beyond what an exponential survives."""
+        lowest = np.finfo(dtype).min
+        x = np.full((n_rows, n_classes), lowest / 4, dtype)
+        x[:, 0] = lowest / -4 * fraction
+        expected = np.eye(1, n_classes).repeat(n_rows, axis=0)
+        np.testing.assert_array_equal(softmax(x), expected)
+        np.testing.assert_array_equal(log_softmax(x), np.where(expected, 0, x - x[:, :1]))
+
     def test_a_confident_class_keeps_its_digits(self, dtype, n_rows):
         x = np.array([[0.0, -40.0, -INF]] * n_rows, dtype)
         expected = -math.log1p(math.exp(-40))

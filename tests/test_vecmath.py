@@ -151,6 +151,14 @@ class TestExpAndDifference:
         assert not np.isfinite(exact[[3, 4, 6, 7]]).any()
         np.testing.assert_array_equal(np.isfinite(plain), np.isfinite(exact))
 
+    def test_rounding_of_huge_numbers(self, dtype):
+        """Half a unit in the last place of the largest numbers: its square alone is infinite."""
+        largest = float(np.finfo(dtype).max)
+        a = np.repeat([-largest, -largest / 3], 8).astype(dtype)
+        b = np.tile(largest * np.finfo(dtype).eps / np.array([2.5, 3, 4, 5, 6, 1e10, 1e20, 1e30]), 2).astype(dtype)
+        for got in self.both(a, b, dtype):
+            np.testing.assert_array_equal(got, 0)
+
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 class TestLog1p:

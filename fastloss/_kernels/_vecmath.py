@@ -50,8 +50,9 @@ _LOG2E = 1.4426950408889634
 
 
 def _make_exp(dtype, coefficients, low, high):
-    """Make exp(d), exp(d + low) where ``low`` is at most a unit in d's last place, and both, for vectors of ``dtype``;
-    then the first two again, the same bits in an operation less, where d is not positive.
+    """Make exp(d), exp(d + low) where ``low`` is at most a unit in d's last place, or anything, NaN included, where d
+    is clamped, and both, for vectors of ``dtype``; then the first two again, the same bits in an operation less, where
+    d is not positive.
 
     Computes exp(d) = 2**n * (1 + f + f**2 * p(f)) with n = rint(d * log2(e)), f = d - n * ln(2).
 
@@ -89,6 +90,11 @@ def _make_exp(dtype, coefficients, low, high):
         return where(d > splat(highest), splat(highest), d)
 
     @inline
+    def counted(low, d, clamped):
+        # What a difference of huge numbers has lost can be huge, and of infinite ones NaN: times 0 it would be NaN.
+        return where(d == clamped, low, negative_zeros_like(d))
+
+    @inline
     def scaled(f, shifted):
         power = from_bits(to_bits(shifted) << splat(places))
         return fma(fma(f * f, p(f), f), power, power)
@@ -104,19 +110,21 @@ def _make_exp(dtype, coefficients, low, high):
 
         @inline
         def exp_sum(d, low):
-            d = clamp(d)
-            shifted = fma(d, splat(log2e), splat(shift))
+            clamped = clamp(d)
+            shifted = fma(clamped, splat(log2e), splat(shift))
             n = shifted - splat(shift)
-            return scaled(fma(n, splat(minus_high), d) + fma(n, splat(minus_low), low), shifted)
+            low = counted(low, d, clamped)
+            return scaled(fma(n, splat(minus_high), clamped) + fma(n, splat(minus_low), low), shifted)
 
         return exp, exp_sum
 
     @inline
     def exp_both(d, low):
-        d = clamp(d)
-        shifted = fma(d, splat(log2e), splat(shift))
+        clamped = clamp(d)
+        shifted = fma(clamped, splat(log2e), splat(shift))
         n = shifted - splat(shift)
-        f = fma(n, splat(minus_high), d)
+        low = counted(low, d, clamped)
+        f = fma(n, splat(minus_high), clamped)
         e = scaled(f if one_part else fma(n, splat(minus_low), f), shifted)
         return e, fma(e, fma(n, splat(minus_low), low) if one_part else low, e)
 
@@ -302,11 +310,10 @@ exp, _exp_sum, _exp_both, exp_falling, _exp_sum_falling = map(by_dtype, _exps32,
 
 @inline
 def _difference(a, b):
-    """The rounded difference, and its rounding error by two-sum (0 where it is no number)."""
+    """The rounded difference, and its rounding error by two-sum (NaN where that is infinite)."""
     d = a - b
     back = d - a
-    low = (a - (d - back)) - (b + back)
-    return d, where(low == low, low, negative_zeros_like(d))
+    return d, (a - (d - back)) - (b + back)
 
 
 @inline

@@ -217,7 +217,7 @@ class TestSpecialValuesAsAutograd:
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("log_target", [False, True])
 def test_special_values_of_kl_div_as_autograd(dtype, log_target):
-    values = np.array([0.0, 1e-3, 0.5, 1.0, -0.5, -2.0, 80.0, -150.0, INF, -INF, NAN], dtype)
+    values = np.array([0.0, 1e-3, 0.5, 1.0, -0.5, -2.0, 80.0, 177.0, 1419.0, -150.0, INF, -INF, NAN], dtype)
     x, y = np.repeat(values, len(values)), np.tile(values, len(values))
     upstream = np.resize(np.array([1.0, -2.0, 0.5, 0.0], dtype), len(x))
     options = {"reduction": "none", "log_target": log_target, "grad_output": upstream}

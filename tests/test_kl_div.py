@@ -176,6 +176,14 @@ class TestSpecialValues:
         got = kl(np.full(size, x, dtype), np.full(size, y, dtype), log_target=True)
         np.testing.assert_array_equal(got, np.full(size, expected, dtype))
 
+    def test_logarithms_of_what_is_too_large(self, dtype):
+        """From the largest number's logarithm on, infinite: also where its half is close to that."""
+        y = (np.log(np.finfo(dtype).max) * np.linspace(1.01, 4, 1999)).astype(dtype)
+        x = np.full_like(y, -1)
+        np.testing.assert_array_equal(kl(x, y, "none", log_target=True), INF)
+        for i in range(0, len(y), 7):
+            assert kl(x[i : i + 1], y[i : i + 1], "sum", log_target=True) == INF
+
     def test_tiny_targets(self, dtype):
         """Subnormal numbers are numbers: y log y of the smallest of all."""
         tiny = np.finfo(dtype).smallest_subnormal

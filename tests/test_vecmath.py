@@ -12,7 +12,7 @@ import pytest
 import references
 
 from fastloss._kernels._simd import lanes, load, store
-from fastloss._kernels._vecmath import LOG1P_LIMIT, exp, exp_and_difference, log, log1p, log_difference
+from fastloss._kernels._vecmath import LOG1P_LIMIT, exp, exp_and_difference, exp_of_any, log, log1p, log_difference
 
 INF, NAN = math.inf, math.nan
 
@@ -22,6 +22,13 @@ def _exp(x, out):
     like = x[0]
     for i in range(0, len(x), lanes(like)):
         store(out, i, exp(load(x, i, like)))
+
+
+@numba.njit
+def _exp_of_any(x, out):
+    like = x[0]
+    for i in range(0, len(x), lanes(like)):
+        store(out, i, exp_of_any(load(x, i, like)))
 
 
 @numba.njit
@@ -115,10 +122,30 @@ class TestExp:
         values = np.zeros(16, kinds.dtype)
         values[: len(kinds)] = kinds
         out = np.zeros(16, dtype)
-        for loop in (_exp, _log1p, _log) if dtype is np.float64 else (_exp, _log1p):
+        for loop in (_exp, _exp_of_any, _log1p, _log) if dtype is np.float64 else (_exp, _exp_of_any, _log1p):
             loop(values.view(dtype), out)
             assert np.isnan(out[: len(kinds)]).all()
             assert not np.isnan(out[len(kinds) :]).any() or loop is _log
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+class TestExpOfAny:
+    def test_error(self, rng, dtype):
+        largest = math.log(np.finfo(dtype).max)
+        values = rng.uniform(LOWEST[dtype], largest - 1e-4, 3000)
+        assert np.all(errors(_exp_of_any, mpmath.exp, values, dtype) < 2 * exp_bound(values / 2, dtype) + 0.5)
+
+    def test_infinity(self, dtype):
+        values = np.concatenate([math.log(np.finfo(dtype).max) * np.linspace(1.0001, 4, 5000), [1e30, INF]])
+        np.testing.assert_array_equal(apply(_exp_of_any, values, dtype), INF)
+
+    def test_subnormal_numbers(self, dtype):
+        smallest = float(np.finfo(dtype).smallest_subnormal)
+        values = np.linspace(math.log(smallest) + 0.1, LOWEST[dtype], 1000).astype(dtype)
+        np.testing.assert_allclose(
+            apply(_exp_of_any, values, dtype), [float(mpmath.exp(float(v))) for v in values], rtol=1e-6, atol=smallest
+        )
+        np.testing.assert_array_equal(apply(_exp_of_any, [2 * LOWEST[dtype], -1e30, -INF], dtype), 0)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

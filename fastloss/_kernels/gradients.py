@@ -27,7 +27,7 @@ from fastloss._kernels._simd import (
     tree_sum,
     where,
 )
-from fastloss._kernels._vecmath import exp, exp_difference
+from fastloss._kernels._vecmath import exp, exp_difference, exp_of_any
 from fastloss._kernels.driver import BAD, BATCH, BLOCK, BLOCK_OF_ROWS, KEPT, SECOND_GUESS, SECOND_SUM, make_kernel
 from fastloss._kernels.sums import add_block
 
@@ -542,13 +542,11 @@ def _kl_tile(tile, scratch, ledger, x, y, arrays, out, geometry, keep, spread):
         pointwise._stage(y, geometry, tiles.TARGET, start, n, offsets, scratch.other_stage)
     source = y if y_direct else scratch.other_stage
     at = tiles.row_offset(geometry, tiles.TARGET, start) if y_direct else np.int64(0)
-    half = splat(scalar(0.5, like))
     for slot in range(0, n, lanes(like)):
         i = planes.row_of(slot, n, lanes(like))
         goal = load(source, at + i, like)
         if is_log:
-            root = exp(goal * half)  # (see pointwise._log_divergence)
-            goal = root * root
+            goal = exp_of_any(goal)
         store(values, i, -(goal * load(scales, i, like)))
     tiles.put_rows(gradient, geometry, GRADIENT, start, n, offsets, values)
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 _EXPECTED_REAL = "expected float16, bfloat16, float32, float64, an integer dtype or bool"
+# NumPy's own: the chars of other packages' dtypes, whose kind is another, can be the same.
 _FLOATS = frozenset("efd")
 _INTEGERS = frozenset("?bBhHiIlLqQ")
 
@@ -31,11 +32,11 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
-    return dtype.char in _FLOATS or is_bfloat16(dtype)
+    return (dtype.kind == "f" and dtype.char in _FLOATS) or is_bfloat16(dtype)
 
 
 def is_integer(dtype: np.dtype[Any]) -> bool:
-    return dtype.char in _INTEGERS
+    return dtype.kind in "biu" and dtype.char in _INTEGERS
 
 
 def as_array(value: Any, name: str) -> Array:
@@ -151,15 +152,16 @@ def probability_target(target: Array, ignore_index: int) -> Array:
     return target
 
 
-def class_weight(weight: Any, n_classes: int) -> Array | None:
-    """One real weight per class, or None."""
+def class_weight(weight: Any, n_classes: int | None = None) -> Array | None:
+    """One real weight per class (of any number of classes where that is not known yet), or None."""
     if weight is None:
         return None
     array = as_array(weight, "weight")
-    if not (is_floating(array.dtype) or is_integer(array.dtype) or array.dtype.char == "g"):
+    if not (is_floating(array.dtype) or is_integer(array.dtype) or np.issubdtype(array.dtype, np.longdouble)):
         raise TypeError(f"weight: got {_describe_dtype(weight, array)}, expected a real dtype")
-    if array.shape != (n_classes,):
-        raise ValueError(f"weight: got shape {array.shape}, expected ({n_classes},): one weight per class")
+    if array.ndim != 1 or len(array) != (len(array) if n_classes is None else n_classes):
+        expected = "C" if n_classes is None else n_classes
+        raise ValueError(f"weight: got shape {array.shape}, expected ({expected},): one weight per class")
     return array
 
 

@@ -62,9 +62,11 @@ def value_and_grad(loss: Any) -> Callable[..., tuple[Any, Any]]:
     class indices, and :math:`p_c \sum_k m_k - m_c` for class probabilities and with label smoothing, where :math:`m_c`
     is what multiplies :math:`-\log p_c` in the loss.
 
-    *Accuracy.* Every entry keeps its digits however small it is: the target's entry is the negative sum of the others,
-    never formed as :math:`p_t - 1`, which for a confident row would be 0. An entry depends on its row and on the
-    reduction's denominator alone, so its bits are those of any layout and any number of threads.
+    *Accuracy.* With class indices every entry keeps its digits however small it is: the target's entry is the negative
+    sum of the others, never formed as :math:`p_t - 1`, which for a confident row would be 0. With label smoothing too;
+    with class probabilities an entry is as good as the sum of the masses :math:`m_k` in the dtype of the gradient.
+    An entry depends on its row and on the reduction's denominator alone, so its bits are those of any layout and any
+    number of threads.
 
     *Memory.* The logits are read once; the gradient is formed while a row is in the cache, and nothing but the gradient
     is allocated. (Where `input` is broadcast in ``kl_div``, the sums over the broadcast axes in float64 besides.)
@@ -325,7 +327,8 @@ def _index_loss(
     weighted = weights is not None
     upstream = _validation.grad_output(grad_output, target.shape if wants_rows else (), dtype)
     options = functional._index_options(target.dtype, ignore_index, weighted, wants_rows, not wants_rows)
-    weight = functional._padded_weights(weights, n_classes if weighted or label_smoothing else 0, dtype)
+    counts_classes = weighted or (label_smoothing and target.size)
+    weight = functional._padded_weights(weights, n_classes if counts_classes else 0, dtype)
     denominator = 1.0
     if reduction == "mean":
         denominator = _weigh_targets(target, n_classes, weight, dtype, options, ignore_index)

@@ -32,10 +32,6 @@ class _Module:
         )
 
 
-def _held_weight(weight: npt.ArrayLike | None) -> npt.NDArray[Any] | None:
-    return None if weight is None else _validation.as_array(weight, "weight")
-
-
 class CrossEntropyLoss(_Module):
     """Cross-entropy between logits and class indices or class probabilities, with the options held by an object.
 
@@ -75,7 +71,7 @@ class CrossEntropyLoss(_Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        self.weight = _held_weight(weight)
+        self.weight = _validation.class_weight(weight)
         self.ignore_index = _validation.check_ignore_index(ignore_index)
         self.reduction = _reduction.resolve(reduction, size_average, reduce)
         self.label_smoothing = _validation.check_label_smoothing(label_smoothing)
@@ -128,7 +124,7 @@ class NLLLoss(_Module):
         reduce: bool | None = None,
         reduction: str = "mean",
     ) -> None:
-        self.weight = _held_weight(weight)
+        self.weight = _validation.class_weight(weight)
         self.ignore_index = _validation.check_ignore_index(ignore_index)
         self.reduction = _reduction.resolve(reduction, size_average, reduce)
 

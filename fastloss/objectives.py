@@ -29,7 +29,7 @@ class _CrossEntropy(modules._Module):
     def __init__(
         self, weight: npt.ArrayLike | None = None, ignore_index: int = -100, label_smoothing: float = 0.0
     ) -> None:
-        self.weight = modules._held_weight(weight)
+        self.weight = _validation.class_weight(weight)
         self.ignore_index = _validation.check_ignore_index(ignore_index)
         self.label_smoothing = _validation.check_label_smoothing(label_smoothing)
 

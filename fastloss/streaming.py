@@ -176,7 +176,8 @@ class _TargetStream(_Stream):
         self, weight: npt.ArrayLike | None, size_average: Any, ignore_index: Any, reduce: Any, reduction: Any
     ) -> None:
         super().__init__()
-        self.weight = None if weight is None else _validation.as_array(weight, "weight").copy()
+        held = _validation.class_weight(weight)
+        self.weight = None if held is None else held.copy()
         self.ignore_index = _validation.check_ignore_index(ignore_index)
         self.reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.STREAM_REDUCTIONS, stacklevel=4)
 

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -310,6 +311,38 @@ def test_small_gradients_keep_their_digits(rng, n_classes, dtype, bound):
         exact = np.array([float(e) for e in exact])[margin > 10]
         np.testing.assert_allclose(own, exact, rtol=bound)
         assert (own < 0).all()
+
+
+@pytest.mark.parametrize("layout_of", [np.ascontiguousarray, np.asfortranarray])
+@pytest.mark.parametrize("n_classes", [3, 40, 1100])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 2e-6), (np.float64, 5e-15)])
+def test_little_smoothing_keeps_its_digits(dtype, bound, n_classes, layout_of):
+    """The target's entry of a confident row is about the little mass of all other classes."""
+    x = np.zeros((20, n_classes), dtype)
+    t = np.arange(20) * 7 % n_classes
+    x[np.arange(20), t] = 60
+    weight = np.linspace(1, 2, n_classes).astype(dtype)
+    for smoothing in (1e-7, 1e-4, 0.3):
+        gradient = cross_entropy(layout_of(x), t, weight, reduction="sum", label_smoothing=smoothing)[1]
+        others = smoothing / n_classes * (weight.sum(dtype=float) - weight[t].astype(float))
+        total = (1 - smoothing) * weight[t].astype(float) + smoothing / n_classes * weight.sum(dtype=float)
+        expected = others - total * (n_classes - 1) * math.exp(-60)
+        np.testing.assert_allclose(gradient[np.arange(20), t], expected, rtol=bound)
+
+
+@pytest.mark.parametrize("layout_of", [np.ascontiguousarray, np.asfortranarray])
+@pytest.mark.parametrize("n_classes", [2, 1000, 50257])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float32, 2e-6), (np.float64, 5e-15)])
+def test_flat_rows_keep_their_digits(dtype, bound, n_classes, layout_of):
+    """Each class is a maximum, with little probability: softmax minus the target, 1/C - m."""
+    n_rows = 17 if n_classes < 2000 else 2
+    x, t = np.zeros((n_rows, n_classes), dtype), np.arange(n_rows) % n_classes
+    one_hot = np.zeros((n_rows, n_classes), dtype)
+    one_hot[np.arange(n_rows), t] = 1
+    for target, smoothing in ((t, 0.0), (t, 0.1), (one_hot, 0.0)):
+        gradient = cross_entropy(layout_of(x), target, reduction="sum", label_smoothing=smoothing)[1]
+        expected = (1 - smoothing) * (1 / n_classes - one_hot.astype(float))
+        np.testing.assert_allclose(gradient, expected, rtol=bound)
 
 
 finite_rows = hnp.arrays(

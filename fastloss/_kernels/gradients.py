@@ -18,6 +18,7 @@ from fastloss._kernels._simd import (
     iota,
     lanes,
     load,
+    load_one,
     scalar,
     splat,
     store,
@@ -49,7 +50,7 @@ STREAMED = 1 << 22
 # p = exp(x - SHIFT) * INVERSE,
 #   without masses   p * SCALE, and OWN at the target;
 #   with masses m    (p * TOTAL - m) * SCALE, where m counts OWN more at the target, and TOTAL is the sum of the masses.
-# Where x == TIE, the row's maximum, p is taken as 1 - SHORT.
+# Where x == TIE, the row's maximum if it has more than half of the probability, p is taken as 1 - SHORT.
 SHIFT, INVERSE, SCALE, OWN, TOTAL, SHORT, TIE = range(7)
 
 
@@ -164,7 +165,7 @@ def _write_planes(x, y, weight, keep, spread, geometry, start, offsets, y_offset
     y_stride = tiles.class_stride(geometry, tiles.TARGET)
     y_direct = planes.is_direct(geometry, tiles.TARGET, start, n, n_lanes) if y is not None else direct
     out_direct = planes.is_direct(geometry, GRADIENT, start, n, n_lanes)
-    out_offsets = scratch.places[2]
+    out_offsets = scratch.places[1 if y is None else 2]  # (not where the targets are, if they are classes)
     tiles.row_offsets(geometry, GRADIENT, start, n, out_offsets)
     zero, nothing = splat(scalar(0.0, like)), splat(integer)
     for low in range(0, n_classes, BATCH):
@@ -387,10 +388,30 @@ def _know_masses(weight, geometry, n, targets, keep, spread, narrow, rest, mass)
         narrow[INVERSE, i] = inverse
         narrow[TOTAL, i] = total
         narrow[SHORT, i] = rest[i] * inverse
-        # (Infinite masses or upstream gradients make NaN of every class that has a share in them, as in PyTorch.)
-        narrow[TIE, i] = narrow[SHIFT, i] if np.isfinite(total) else np.nan
+        # 1 - SHORT has more digits than the quotient only of a class with more than half of the probability. (Infinite
+        # masses or upstream gradients make NaN of every class that has a share in them, as in PyTorch.)
+        is_known = rest[i] < 1.0 and np.isfinite(total) and np.isfinite(narrow[SHIFT, i])
+        narrow[TIE, i] = narrow[SHIFT, i] if is_known else np.nan
         if not np.isfinite(narrow[SCALE, i]):
             narrow[SCALE, i] = np.nan
+
+
+@subroutine
+def _write_confident_targets(
+    x, weight, geometry, start, offsets, n, targets, keep, spread, narrow, rest, mass, gradient
+):
+    """Write the entries of the targets that are TIE again: the mass of all other classes, which little smoothing leaves
+    hardly any, is rounded off in TOTAL - m, but known here.
+    """
+    stride, out_stride = tiles.class_stride(geometry, tiles.INPUT), tiles.class_stride(geometry, GRADIENT)
+    like = narrow[SHIFT, 0]
+    for i in range(n):
+        target = targets[i]
+        if target >= 0 and load_one(x, offsets[i] + target * stride, like) == narrow[TIE, i]:
+            own = np.float64(weight[target])
+            total, others = keep * own + spread * mass[i], spread * (mass[i] - own)
+            entry = scalar(others - total * (rest[i] / (1.0 + rest[i])), like)
+            gradient[tiles.row_offset(geometry, GRADIENT, start + i) + target * out_stride] = narrow[SCALE, i] * entry
 
 
 # -------------------------------------------------------------------------------------------------------- tiles
@@ -479,6 +500,10 @@ def _smoothed_cross_entropy(loss_tile, write):
         write(
             x, None, weight, scalar(keep, like), scalar(spread, like), geometry, start, offsets, offsets, n,
             gradient, targets, near, scratch,
+        )  # fmt: skip
+        _write_confident_targets(
+            x, weight, geometry, start, offsets, n, targets, keep, spread, narrow, scratch.wide[4], scratch.wide[6],
+            gradient,
         )  # fmt: skip
 
     return do_tile

@@ -152,7 +152,10 @@ def _score_command(arguments: argparse.Namespace) -> None:
         return
     if arguments.logits is None:
         print(f"{_SAMPLE_TITLE}\n")
-    print(_as_table(scores, arguments.log_probs, arguments.reduction, seconds))
+    # The names of files can have characters that standard output has not.
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    table = _as_table(scores, arguments.log_probs, arguments.reduction, seconds)
+    print(table.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _scored_before(scores: FileScores | None) -> str:
@@ -168,7 +171,10 @@ def _size(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"invalid size: {text!r}, expected a number of bytes, such as 256MiB")
     number, unit, _ = match.groups()
-    return int(float(number) * 1024 ** " KMGT".index(unit.upper() or " "))
+    size = float(number) * 1024 ** " KMGT".index(unit.upper() or " ")
+    if math.isinf(size):
+        raise argparse.ArgumentTypeError(f"invalid size: {text[:20]!r}..., expected a smaller number of bytes")
+    return int(size)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -344,4 +350,5 @@ def _fail(message: str) -> int:
 
 def _abandon_stdout() -> None:
     """Let what is left in the buffer go nowhere: the interpreter would fail on it once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ saved is always the state between two chunks.
 
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import glob
 import hashlib
@@ -59,7 +60,7 @@ _SUFFIXES = (".npy", ".npz", ".parquet", ".arrow", ".feather")
 _MEMBER = re.compile(r"(.*\.(?:npz|parquet|arrow|feather)):(.*)", re.DOTALL)
 _NO_TARGETS = "holds one array; expected TARGETS too, or one .npz file with logits and targets"
 
-_FORMAT = "fastloss score, state 1"
+_FORMAT = "fastloss score, state 2"
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -213,30 +214,51 @@ def _read_column(
     source = parquet.ParquetFile(path) if is_parquet else arrow.ipc.open_file(arrow.memory_map(str(path)))
     schema = source.schema_arrow if is_parquet else source.schema
     chosen = _choose_member(path, schema.names, member, members, beside_logits)
+    kind = schema.field(schema.names.index(chosen)).type
+    is_fixed = arrow.types.is_fixed_size_list(kind)
+    is_lists = is_fixed or arrow.types.is_list(kind) or arrow.types.is_large_list(kind)
+    if arrow.types.is_nested(kind.value_type if is_lists else kind):
+        raise ScoreError(f"{path}: {chosen} holds {kind}, expected numbers or lists of numbers")
+    # (There are two of a column while its pieces are put together.)
     if is_parquet:
         groups = [source.metadata.row_group(i) for i in range(source.num_row_groups)]
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-        sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == chosen]
-        _check_memory(path, chosen, sum(sizes), max_memory)
+        sizes = [_decoded_size(c) for c in columns if c.path_in_schema.split(".")[0] == chosen]
+        _check_memory(path, chosen, 2 * sum(sizes), max_memory)
         column = source.read(columns=[chosen]).column(0)
     else:
-        column = source.read_all().column(chosen)
-        _check_memory(path, chosen, column.nbytes, max_memory)
+        options = arrow.ipc.IpcReadOptions(included_fields=[schema.names.index(chosen)])
+        source = arrow.ipc.open_file(arrow.memory_map(str(path)), options=options)
+        pieces, size = [], 0
+        for i in range(source.num_record_batches):
+            pieces.append(source.get_batch(i).column(0))
+            size += 2 * pieces[-1].nbytes
+            _check_memory(path, chosen, size, max_memory)
+        column = arrow.chunked_array(pieces, type=kind)
     column = column.combine_chunks()
-    n_rows = len(column)
-    values = column
-    while arrow.types.is_nested(values.type):
-        if values.null_count:
-            break
-        values = values.flatten()
+    values = column.flatten() if is_lists and not column.null_count else column
     if values.null_count:
         raise ScoreError(f"{path}: {chosen} has missing values")
     array: Array = values.to_numpy(zero_copy_only=False)
-    if values is column:
+    if not is_lists:
         return array
-    if arrow.compute.count_distinct(arrow.compute.list_value_length(column)).as_py() > 1:
-        raise ScoreError(f"{path}: {chosen} has lists of several lengths, expected one length")
-    return array.reshape(n_rows, -1)
+    if is_fixed:
+        return array.reshape(-1, kind.list_size)
+    lengths = arrow.compute.unique(arrow.compute.list_value_length(column))
+    if len(lengths) != 1:
+        found = "lists of several lengths" if len(lengths) else "no lists, whose length would be the number of classes"
+        raise ScoreError(f"{path}: {chosen} has {found}, expected lists of one length")
+    return array.reshape(-1, lengths[0].as_py())
+
+
+# Bytes of a number by its type in a Parquet file; in memory a bool takes one as well.
+_PARQUET_BYTES = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4}
+
+
+def _decoded_size(column: Any) -> int:
+    """The bytes of a piece of a Parquet column in memory: its encoding can take less."""
+    decoded = column.num_values * _PARQUET_BYTES.get(column.physical_type, 8)
+    return int(max(column.total_uncompressed_size, decoded))
 
 
 def _check_memory(path: Path, member: str, size: int, max_memory: float) -> None:
@@ -257,7 +279,8 @@ def _check_size(path: Path, archive: zipfile.ZipFile, member: str, max_memory: f
 
 
 def _is_directory(paths: Paths | None) -> bool:
-    return isinstance(paths, str | os.PathLike) and Path(split_member(os.fspath(paths))[0]).is_dir()
+    name = os.fspath(paths) if isinstance(paths, str | os.PathLike) else ""
+    return bool(name) and Path(split_member(name)[0]).is_dir()
 
 
 def _list_files(paths: Paths, is_directory: bool, by_stem: bool) -> tuple[dict[str, str], bool]:
@@ -270,40 +293,63 @@ def _list_files(paths: Paths, is_directory: bool, by_stem: bool) -> tuple[dict[s
     place, member = split_member(name)
     suffix = "" if member is None else f":{member}"
     if is_directory:
-        found = {p.stem: str(p) for p in Path(place).iterdir() if p.suffix in _SUFFIXES}
+        found = [(p.stem, str(p)) for p in sorted(Path(place).iterdir()) if p.suffix in _SUFFIXES]
         if not found:
             raise ScoreError(f"{name}: a directory without files to score")
-        return found, False
+        return _by_key(found), False
     if not glob.has_magic(place) or Path(place).exists():
         return {"": name}, True
+    place = re.sub("//+", "/", place)
     matcher = re.compile(_with_groups(place), re.DOTALL)
     matched = [(matcher.fullmatch(path), path) for path in _glob(place)]
-    found = {Path(p).stem if by_stem else "\0".join(m.groups()): p + suffix for m, p in matched if m}
+    found = [(Path(p).stem if by_stem else "\0".join(m.groups()), p + suffix) for m, p in matched if m]
     if not found:
         raise ScoreError(f"{name}: no file of that pattern")
-    return found, False
+    return _by_key(found), False
+
+
+def _by_key(found: list[tuple[str, str]]) -> dict[str, str]:
+    """Files under the names by which they are paired, of which each must have its own."""
+    files: dict[str, str] = {}
+    for key, path in found:
+        if key in files:
+            raise ScoreError(
+                f"{path}: has the name of {files[key]}, by which its targets are found; rename one of them"
+            )
+        files[key] = path
+    return files
 
 
 def _glob(pattern: str) -> list[str]:
     return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
 
 
+_WILDCARDS = re.compile(r"(\*\*/?|\*|\?|\[!?\]?[^\]]*\])")
+
+
 def _with_groups(pattern: str) -> str:
     """A regular expression for a shell pattern, whose groups are what the wildcards stand for."""
-    parts = re.split(r"(\*\*/?|\*|\?|\[!?\]?[^\]]*\])", pattern)
+    parts = _WILDCARDS.split(pattern)
     wild = {"**": "(.*)", "**/": "(.*/|)", "*": "([^/]*)", "?": "([^/])"}
     texts = []
     for i, part in enumerate(parts):
         if i % 2 == 0:
             texts.append(re.escape(part))
         else:
-            texts.append(wild.get(part) or f"([{part[1:-1].replace('!', '^', 1) if part[1] == '!' else part[1:-1]}])")
+            texts.append(wild.get(part) or f"({fnmatch.translate(part)[:-2]})")
     return "".join(texts)
 
 
-def _natural(key: str) -> list[str | int]:
-    """What sorts names with numbers in them by these numbers: 9 before 10."""
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", key.replace("\0", "")))]
+def _natural(key: str, paths: Paths) -> tuple[list[str | int], str]:
+    """What sorts files of a name by the numbers in it, 9 before 10: the name in a directory, where it is in a list, or
+    the pattern with what its wildcards stand for.
+    """
+    name = key
+    if "\0" in key and isinstance(paths, str | os.PathLike):
+        texts = iter(key.split("\0"))
+        parts = _WILDCARDS.split(split_member(os.fspath(paths))[0])
+        name = "".join(next(texts, "") if i % 2 else part for i, part in enumerate(parts))
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))], key
 
 
 class _Pair(NamedTuple):
@@ -314,8 +360,8 @@ class _Pair(NamedTuple):
     missing: str = ""
 
     @property
-    def files(self) -> list[str]:
-        return [split_member(name)[0] for name in (self.logits, self.targets or self.logits)]
+    def names(self) -> list[str]:
+        return [self.logits, self.targets or self.logits]
 
 
 def _pair_files(logits: Paths, targets: Paths | None) -> list[_Pair]:
@@ -324,13 +370,13 @@ def _pair_files(logits: Paths, targets: Paths | None) -> list[_Pair]:
     by_stem = is_directory or has_directory
     inputs, is_one = _list_files(logits, is_directory, by_stem)
     if targets is None:
-        return [_Pair(inputs[key], None) for key in sorted(inputs, key=_natural)]
+        return [_Pair(inputs[key], None) for key in sorted(inputs, key=lambda key: _natural(key, logits))]
     goals, is_one_goal = _list_files(targets, has_directory, by_stem)
     if is_one != is_one_goal:
         many, one = (targets, logits) if is_one else (logits, targets)
         raise ScoreError(f"{many}: several files, expected one, as {one} is, or two directories or patterns")
     pairs = []
-    for key in sorted(inputs.keys() | goals.keys(), key=_natural):
+    for key in sorted(inputs.keys() | goals.keys(), key=lambda key: _natural(key, logits)):
         if key not in inputs:
             pairs.append(_Pair(goals[key], None, f"{goals[key]}: no logits of that name in {logits}"))
         elif key not in goals:
@@ -496,11 +542,14 @@ class _Output:
     number of rows, so it can be written again.
     """
 
-    def __init__(self, name: str, is_kept: bool) -> None:
+    def __init__(self, name: str, resume: str | None) -> None:
         self.name = name
         self.path = Path(os.path.realpath(name))  # replace what a link points to, not the link
-        self._is_kept = is_kept
-        unfinished = f"{self.path.name}.partial" if is_kept else f"{secrets.token_hex(8)}.tmp"
+        self._is_kept = resume is not None
+        unfinished = f"{secrets.token_hex(8)}.tmp"
+        if resume is not None:  # each state has a file of its own
+            unfinished = hashlib.sha256(os.path.realpath(resume).encode(errors="surrogateescape")).hexdigest()[:16]
+            unfinished = f"{self.path.name}-{unfinished}.partial"
         self.unfinished = self.path.with_name(f".fastloss-{unfinished}")
         self._file: IO[bytes] | None = None
         self._start = 0
@@ -541,6 +590,14 @@ class _Output:
             self._file.flush()
             os.fsync(self._file.fileno())
 
+    def identity(self) -> list[int] | None:
+        """What tells the file from another, before it is put in its place and after that."""
+        for path in (self.unfinished, self.path):
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                return [status.st_size, status.st_mtime_ns]
+        return None
+
     def is_finished(self) -> bool:
         """Whether an earlier run has put the file in its place."""
         return self.path.exists() and not self.unfinished.exists()
@@ -562,6 +619,10 @@ class _Output:
                 self.unfinished.unlink()
 
 
+def _digest(held: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+
+
 class _Saved:
     """The state of a run, in a file that is replaced whole, so that there always is one."""
 
@@ -569,6 +630,8 @@ class _Saved:
         self.name = name
         self._options = options
         self._pairs = pairs
+        self._read: dict[int, list[list[Any]]] = {}  # the files of each shard as they were when it was opened
+        self.output: list[int] | None = None  # what was written, when the state was saved
 
     def load(self) -> tuple[_Done, _Done]:
         """What was scored before, if that was the same (less the shard that was begun, if that has been mended since),
@@ -578,11 +641,16 @@ class _Saved:
             held = json.loads(Path(self.name).read_text(encoding="utf-8"))
             if held["format"] != _FORMAT:
                 raise ValueError(f"format {held['format']!r}")
+            if held.pop("digest") != _digest(held):
+                raise ValueError("it is not as it was written")
+            self.output = held["output"]
             options, files, done = held["options"], held["files"], _Done.from_json(held["done"])
             shard_begin = _Done.from_json(held["shard_begin"])
             if len(files) != done.shards + bool(done.rows):
                 raise ValueError(f"{len(files)} files")
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if not Path(os.path.realpath(self.name)).parent.is_dir():  # (else it would be told when much is done)
+                raise ScoreError(f"{self.name}: {error.strerror}") from None
             return _Done(), _Done()
         except OSError as error:
             raise ScoreError(f"{self.name}: {error.strerror or error}") from None
@@ -594,28 +662,40 @@ class _Saved:
         for i, before in enumerate(files):
             now = self._identity(i) if i < len(self._pairs) else None
             if now is not None and i == done.shards and [name for name, *_ in now] == [name for name, *_ in before]:
+                self._read[i] = before
                 return done if now == before else shard_begin, shard_begin
             if now != before:
                 names = " and ".join(dict.fromkeys(name for name, *_ in before))
                 self._refuse(f"{names}, where this one has other files, or which have changed")
+            self._read[i] = before
         return done, shard_begin
 
     def _refuse(self, what: str) -> None:
         raise ScoreError(f"{self.name}: the state of a run with {what}; delete it to start anew")
 
     def _identity(self, shard: int) -> list[list[Any]]:
-        """What tells the files of a shard from others: path, size, time of the last change."""
+        """What tells the arrays of a shard from others: path and member, size, time of the last change."""
         found = []
-        for name in self._pairs[shard].files:
+        for name in self._pairs[shard].names:
+            path, member = split_member(name)
             with contextlib.suppress(OSError):
-                status = Path(name).stat()
-                found.append([str(Path(name).resolve()), status.st_size, status.st_mtime_ns])
+                status = Path(path).stat()
+                place = str(Path(path).resolve()) + ("" if member is None else f":{member}")
+                found.append([place, status.st_size, status.st_mtime_ns])
         return found
 
+    def begin(self, shard: int, done: _Done) -> None:
+        """Note which files are read from now on. (Those that replace them meanwhile are others.)"""
+        now = self._identity(shard)
+        if done.rows and now != self._read[shard]:
+            self._refuse(f"{self._pairs[shard].logits}, which has changed")
+        self._read[shard] = now
+
     def save(self, done: _Done, shard_begin: _Done) -> None:
-        files = [self._identity(i) for i in range(done.shards + bool(done.rows))]
-        held = {"format": _FORMAT, "options": self._options, "files": files}
+        files = [self._read[i] for i in range(done.shards + bool(done.rows))]
+        held = {"format": _FORMAT, "options": self._options, "files": files, "output": self.output}
         held |= {"done": done.to_json(), "shard_begin": shard_begin.to_json()}
+        held["digest"] = _digest(held)
         path = Path(os.path.realpath(self.name))
         temporary = path.with_name(f".fastloss-{secrets.token_hex(8)}.tmp")
         try:
@@ -710,6 +790,8 @@ class _Run:
             raise
         except (ValueError, TypeError, IndexError) as error:
             name, separator, message = str(error).partition(": ")
+            if separator and name in ("weight", "ignore_index") and len(self._pairs) > 1:
+                raise ScoreError(f"{pair.logits}: {error}") from None
             if not separator or name not in names:
                 raise
             raise ScoreError(f"{names[name]}: {message}") from None
@@ -723,6 +805,8 @@ class _Run:
                 self._begin_output()
         for index in range(self.done.shards, len(self._pairs)):
             pair = self._pairs[index]
+            if self._saved is not None:
+                self._saved.begin(index, self.done)
             shard = self.open(pair)
             if not self.done.rows:
                 self._shard_begin = self.done
@@ -757,6 +841,7 @@ class _Run:
             if self._output is not None:
                 with self._writing():
                     self._output.sync()
+                    self._saved.output = self._output.identity()
             self._saved.save(self.done, self._shard_begin)
             self._last_save = time.monotonic()
 
@@ -783,6 +868,8 @@ class _Run:
         """The output's shape is that of all shards, one after the other. (What cannot be read stops the run later.)"""
         assert self._output is not None
         if self.done.shards == len(self._pairs) and self._output.is_finished():
+            if self._saved is not None and self._saved.output != self._output.identity():
+                raise ScoreError(f"{self._output.name}: not the losses of this run; delete its state to start anew")
             return
         shapes, dtype = [], None
         for pair in self._pairs:
@@ -790,10 +877,12 @@ class _Run:
                 shard = self.open(pair)
                 shapes.append(shard.row_shape)
                 dtype = dtype or self._dtype(shard)
-                if shard.row_shape[1:] != shapes[0][1:]:
+                if shapes[-1][1:] != shapes[0][1:]:
                     break
         if not shapes:
             return
+        if len(self._pairs) > 1:
+            shapes = [shape or (1,) for shape in shapes]
         odd = [shape for shape in shapes if shape[1:] != shapes[0][1:]]
         if odd:
             raise ScoreError(f"{self._output.name}: rows of shape {odd[0]} cannot follow those of shape {shapes[0]}")
@@ -840,7 +929,11 @@ class _Run:
     ) -> tuple[ScoredRow, ...]:
         """The worst rows so far, with those of a chunk."""
         losses = losses.reshape(-1)
-        if not has_probabilities and (is_ignored := targets.reshape(-1) == self._stream.ignore_index).any():
+        is_ignored = np.False_
+        if not has_probabilities:
+            classes = targets.astype(np.int8) if targets.dtype == np.bool_ else targets  # compare with any integer
+            is_ignored = classes.reshape(-1) == self._stream.ignore_index
+        if is_ignored.any():
             kept = np.flatnonzero(~is_ignored)
             places = kept[worst_first(losses[kept], N_WORST)]
         else:
@@ -1008,8 +1101,12 @@ def score_file(
     memory = _validation.check_integer(max_memory, "max_memory")
     if memory < 1:
         raise ValueError(f"max_memory: got {memory}, expected a number of bytes")
-    pairs = _pair_files(logits, targets)
-    writer = None if output is None else _Output(os.fspath(output), resume is not None)
+    memory = min(memory, 1 << 62)
+    try:
+        pairs = _pair_files(logits, targets)
+    except OSError as error:
+        raise ScoreError(f"{error.filename or logits}: {error.strerror or error}") from None
+    writer = None if output is None else _Output(os.fspath(output), None if resume is None else os.fspath(resume))
     saved = None
     if resume is not None:
         held_weight = None if stream.weight is None else stream.weight.astype(np.float64)
@@ -1029,6 +1126,10 @@ def score_file(
     except BaseException as error:
         if isinstance(error, ScoreError):
             error.scores = run.scores()
-        run.save_after_failure()
+        try:
+            run.save_after_failure()
+        except ScoreError as unsaved:  # what came first counts
+            if isinstance(error, ScoreError) and str(unsaved) not in str(error):
+                error.args = (f"{error} (and the state could not be saved: {unsaved})",)
         raise
     return run.scores()

@@ -355,6 +355,25 @@ def test_memory_stays_small(files, rng, monkeypatch, report):
 # ------------------------------------------------------------------------------------------------- worst rows
 
 
+def test_names_that_standard_output_cannot_write(files):
+    """The report of shards names files, which may have any characters."""
+    for name in ("é", "ü"):
+        np.save(f"{name}.npy", np.load("logits.npy"))
+        np.save(f"{name}.labels.npy", np.load("targets.npy"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "1"}
+    command = [sys.executable, "-m", "fastloss", "score", "[éü].npy", "[éü].labels.npy"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\xe9.npy: " in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
+def test_no_standard_output(files):
+    command = f"exec {sys.executable} -m fastloss score {'a' * 300} targets.npy >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, f"{ERROR}{'a' * 300}: File name too long\n")
+
+
 def test_worst_rows_order(files, report, monkeypatch):
     logits = np.zeros((12, 7), np.float32)
     logits[2, 0] = -np.inf  # infinite loss
@@ -556,6 +575,10 @@ def test_permission_denied(files, refused):
         (["--ignore-index", "1.5"], "argument --ignore-index: invalid int value: '1.5'"),
         (["--reduction", "median"], "argument --reduction: invalid choice: 'median'"),
         (["--wrong"], "unrecognized arguments: --wrong"),
+        (
+            ["--max-memory", "9" * 400],
+            "argument --max-memory: invalid size: '99999999999999999999'..., expected a smaller",
+        ),
     ],
 )
 def test_bad_options(files, refused, arguments, message):

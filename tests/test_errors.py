@@ -78,6 +78,13 @@ class TestData:
         with pytest.raises(TypeError, match=f"^{name}: got {re.escape(came)}.*{expected}"):
             call(value)
 
+    @pytest.mark.parametrize("dtype", ["float8_e4m3b11fnuz", "float8_e5m2", "int4", "int1"])
+    def test_dtypes_of_ml_dtypes(self, call, name, dtype):
+        """Two of them have the characters of uint64 and float16."""
+        dtype = getattr(pytest.importorskip("ml_dtypes"), dtype, "V1")
+        with pytest.raises(TypeError, match=f"^{name}: got dtype .*expected float16, bfloat16, float32, float64"):
+            call(np.zeros((4, 3), dtype))
+
     def test_ragged_lists(self, call, name):
         with pytest.raises(ValueError, match=f"^{name}: got an object of type list, expected a rectangular array"):
             call([[1.0, 2.0], [3.0]])

@@ -124,6 +124,96 @@ class TestShards:
         with pytest.raises(ScoreError, match=r"p/0.parquet: cannot be read, truncated or damaged"):
             fastloss.score_file("p/0.parquet")
 
+    def test_columns_that_are_no_matrix(self, shards):
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        lists = arrow.list_(arrow.float32())
+        rows = arrow.array([[[1.0, 2.0], [3.0]], [[1.0], [2.0, 3.0]]], arrow.list_(lists))
+        nested = arrow.table({"logits": rows, "labels": arrow.array([0, 1])})
+        parquet.write_table(nested, "nested.parquet")
+        with pytest.raises(
+            ScoreError, match=r"nested.parquet: logits holds list<.*>, expected numbers or lists of num"
+        ):
+            fastloss.score_file("nested.parquet")
+        labels = arrow.array([], arrow.int64())
+        parquet.write_table(arrow.table({"logits": arrow.array([], lists), "labels": labels}), "empty.parquet")
+        with pytest.raises(
+            ScoreError, match=r"empty.parquet: logits has no lists, whose length would be the number of"
+        ):
+            fastloss.score_file("empty.parquet")
+        fixed = arrow.array([], arrow.list_(arrow.float32(), 7))
+        parquet.write_table(arrow.table({"logits": fixed, "labels": labels}), "x/part-11.parquet")
+        np.save("t/part-11.npy", np.zeros(0, int))
+        found = fastloss.score_file("x", "t")
+        assert (found.n_scored_shards, found.n_rows) == (11, 200)
+
+    @pytest.mark.parametrize("compression", ["none", "zstd"])
+    def test_the_memory_of_a_column_is_what_it_takes_decoded(self, tmp_path, monkeypatch, compression):
+        arrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        monkeypatch.chdir(tmp_path)
+        matrix = arrow.FixedSizeListArray.from_arrays(np.zeros(80_000), 8)
+        table = arrow.table({"logits": matrix, "labels": np.zeros(10_000, int)})
+        parquet.write_table(table, "x.parquet", compression=compression)
+        options = arrow.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
+        with arrow.OSFile("x.arrow", "wb") as sink, arrow.ipc.new_file(sink, table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=1000)
+        assert Path("x.parquet").stat().st_size < 20_000
+        for name in ("x.parquet", "x.arrow"):
+            with pytest.raises(ScoreError, match=rf"{name}: logits takes \d+ bytes of memory"):
+                fastloss.score_file(name, max_memory=1_000_000)
+            assert fastloss.score_file(name, max_memory=1_500_000).loss == np.log(8.0)
+
+    def test_shards_of_one_name(self, shards):
+        np.savez("x/part-3.npz", np.zeros((20, 7)))
+        with pytest.raises(
+            ScoreError, match=r"x/part-3.npz: has the name of x/part-3.npy, by which its targets are found"
+        ):
+            fastloss.score_file("x", "t")
+        with pytest.raises(ScoreError, match=r"has the name of x/part-3.npy"):
+            fastloss.score_file("x/part-*", "t")
+
+    def test_shards_follow_one_another_in_the_order_of_their_numbers(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        names = ["1-2", "1-10", "2-1", "11-0", "011-0"]
+        for i, name in enumerate(names):
+            np.save(f"x-{name}.npy", np.array([[0.0, i]]))
+            np.save(f"t-{name}.npy", np.array([0]))
+        fastloss.score_file("x-*-*.npy", "t-*-*.npy", output="out.npy")
+        order = [0, 1, 2, 4, 3]  # equal numbers by their digits
+        np.testing.assert_allclose(np.load("out.npy"), np.log1p(np.exp(order)))
+
+    @pytest.mark.parametrize("pattern", ["{}[^1].npy", ".//{}[12].npy", "{}[!0].npy", ".//.//{}?.npy"])
+    def test_patterns_are_those_of_the_shell(self, tmp_path, monkeypatch, pattern):
+        monkeypatch.chdir(tmp_path)
+        for name in ("x", "t"):
+            for i in "12^":
+                np.save(f"{name}{i}.npy", np.zeros((1, 2)) if name == "x" else np.zeros(1, int))
+        expected = len(list(Path().glob(pattern.format("x").rpartition("/")[2])))
+        assert fastloss.score_file(pattern.format("x"), pattern.format("t")).n_scored_shards == expected > 1
+
+    @pytest.mark.parametrize("pattern", ["x[z-a].npy", "x[a--b].npy"])
+    def test_patterns_that_nothing_matches(self, shards, pattern):
+        with pytest.raises(ScoreError, match=r"no file of that pattern"):
+            fastloss.score_file(pattern, pattern)
+
+    def test_shards_of_one_row_without_an_axis(self, tmp_path, rng, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        logits = rng.normal(size=(5, 4))
+        for i, rows in enumerate((0, 1, slice(2, 4), 4)):
+            np.save(f"x{i}.npy", logits[rows])
+            np.save(f"t{i}.npy", np.zeros(logits[rows].shape[:-1], int))
+        fastloss.score_file("x*.npy", "t*.npy", output="out.npy")
+        same(np.load("out.npy"), fastloss.cross_entropy(logits, [0] * 5, reduction="none"))
+
+    @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64])
+    def test_ignore_index_beyond_the_dtype_of_the_targets(self, tmp_path, monkeypatch, dtype):
+        monkeypatch.chdir(tmp_path)
+        np.save("x.npy", np.zeros((3, 2)))
+        np.save("t.npy", np.array([0, 1, 1], dtype))
+        found = fastloss.score_file("x.npy", "t.npy", ignore_index=1 << 63, details=True)
+        assert (found.n_kept, found.n_correct) == (3, 1)
+
     def test_parquet_without_pyarrow(self, shards, monkeypatch):
         Path("x.parquet").write_bytes(b"PAR1" * 9)
         monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -192,6 +282,8 @@ class TestShards:
             ("x", "t/part-1.npy", "x: several files, expected one, as t/part-1.npy is"),
             ("y*", "t", "y*: no file of that pattern"),
             ("none.npy", "t/part-1.npy", "none.npy: No such file or directory"),
+            ("a" * 300, "t/part-1.npy", f"{'a' * 300}: File name too long"),
+            ("", "t/part-1.npy", ".: not a regular file"),
         ],
     )
     def test_bad_paths(self, shards, x, t, message):
@@ -368,6 +460,18 @@ class TestDamage:
         with pytest.raises(ScoreError, match=r"x/part-4.npy: truncated while it was read"):
             fastloss.score_file("x", "t")
 
+    def test_a_shard_that_does_not_fit_an_option_is_named(self, shards):
+        np.save("x/part-4.npy", np.zeros((20, 9)))
+        with pytest.raises(ScoreError, match=r"x/part-4.npy: weight: got shape \(7,\), expected \(9,\)") as caught:
+            fastloss.score_file("x", "t", weight=np.ones(7))
+        assert caught.value.scores.n_scored_shards == 3
+        np.save("x/part-4.npy", np.zeros((20, 7)))
+        for i in range(1, 11):
+            np.save(f"t/part-{i}.npy", np.ones((20, 7)) if i == 4 else np.ones(20, int))
+        with pytest.raises(ScoreError, match=r"x/part-4.npy: ignore_index: got 0 with class probabilities") as caught:
+            fastloss.score_file("x", "t", ignore_index=0)
+        assert caught.value.scores.n_scored_shards == 3
+
     def test_rows_that_cannot_follow_each_other(self, shards):
         np.save("x/part-4.npy", np.zeros((20, 7, 2), np.float32))
         np.save("t/part-4.npy", np.zeros((20, 2), int))
@@ -490,13 +594,87 @@ class TestResume:
             stop_after(patch, 5)
             with pytest.raises(KeyboardInterrupt):
                 fastloss.score_file("x", "t", output="out.npy", resume="state")
-        partial = Path(".fastloss-out.npy.partial")
+        (partial,) = Path().glob(".fastloss-out.npy-*.partial")
         os.truncate(partial, 140)
         with pytest.raises(ScoreError, match="lacks losses scored before"):
             fastloss.score_file("x", "t", output="out.npy", resume="state")
         partial.unlink()
         with pytest.raises(ScoreError, match="losses scored before are not there"):
             fastloss.score_file("x", "t", output="out.npy", resume="state")
+
+    def test_members_are_told_apart(self, shards):
+        logits, targets = shards
+        np.savez("both.npz", a=logits, b=logits[::-1], t=targets, u=targets)
+        for name, x in (("a", logits), ("b", logits[::-1])):
+            same(
+                fastloss.score_file(f"both.npz:{name}", "both.npz:t", resume=name).loss,
+                fastloss.cross_entropy(x, targets),
+            )
+        for other in (("both.npz:b", "both.npz:t"), ("both.npz:a", "both.npz:u")):
+            with pytest.raises(ScoreError, match=r"a: the state of a run with .*both.npz:a"):
+                fastloss.score_file(*other, resume="a")
+
+    @pytest.mark.parametrize("n_chunks", [2, 4])
+    def test_a_file_that_is_replaced_after_it_was_read(self, shards, monkeypatch, n_chunks):
+        """In the first shard, and in the second: the state speaks of what was read, not of what took its place."""
+        np.save("other.npy", np.zeros((20, 7), np.float32))
+        with monkeypatch.context() as patch:
+            stop_after(patch, n_chunks)
+            score = files._Run._score
+
+            def replacing(run, *args):
+                Path("other.npy").exists() and Path("other.npy").replace("x/part-1.npy")
+                score(run, *args)
+
+            patch.setattr(files._Run, "_score", replacing)
+            with pytest.raises(KeyboardInterrupt):
+                fastloss.score_file("x", "t", resume="state")
+        if n_chunks == 2:  # the shard that was begun is scored anew
+            logits = np.concatenate([np.zeros((20, 7), np.float32), shards[0][20:]])
+            same(fastloss.score_file("x", "t", resume="state").loss, fastloss.cross_entropy(logits, shards[1]))
+        else:
+            with pytest.raises(ScoreError, match=r"x/part-1.npy and .* which have changed"):
+                fastloss.score_file("x", "t", resume="state")
+
+    def test_losses_of_another_run_are_not_taken_for_its_own(self, shards):
+        fastloss.score_file("x", "t", output="out.npy", resume="state")
+        fastloss.score_file("x/part-1.npy", "t/part-1.npy", output="out.npy")
+        with pytest.raises(ScoreError, match=r"out.npy: not the losses of this run"):
+            fastloss.score_file("x", "t", output="out.npy", resume="state")
+
+    def test_runs_with_other_states_write_to_files_of_their_own(self, shards, monkeypatch):
+        logits, targets = shards
+        for i in range(1, 11):
+            np.save(f"t/part-{i}.npy", np.maximum(targets, 0)[20 * (i - 1) : 20 * i])
+        for state, weight in (("one", None), ("two", np.arange(7.0))):
+            with monkeypatch.context() as patch:
+                stop_after(patch, 5)
+                with pytest.raises(KeyboardInterrupt):
+                    fastloss.score_file("x", "t", weight=weight, output="out.npy", resume=state)
+        fastloss.score_file("x", "t", output="out.npy", resume="one")
+        same(np.load("out.npy"), fastloss.cross_entropy(logits, np.maximum(targets, 0), reduction="none"))
+
+    def test_a_state_altered_by_hand(self, shards):
+        fastloss.score_file("x", "t", resume="state")
+        held = json.loads(Path("state").read_text())
+        for key, value in (("options", []), ("files", [1, 2, 3]), ("output", 3)):
+            Path("state").write_text(json.dumps(held | {key: value}))
+            with pytest.raises(ScoreError, match="state: not the state of a run, or damaged"):
+                fastloss.score_file("x", "t", resume="state")
+
+    def test_what_failed_counts_where_the_state_cannot_be_saved_either(self, shards, monkeypatch):
+        np.save("x/part-3.npy", np.zeros((20, 6)))
+
+        def fail(*_):
+            raise ScoreError("state: No space left on device")
+
+        monkeypatch.setattr(files._Saved, "save", fail)
+        monkeypatch.setattr(files, "SAVE_SECONDS", 1e9)
+        with pytest.raises(
+            ScoreError, match=r"x/part-3.npy: .* \(and the state could not be saved: state: No s"
+        ) as caught:
+            fastloss.score_file("x", "t", resume="state")
+        assert caught.value.scores.n_scored_shards == 2
 
     def test_a_state_that_cannot_be_written(self, shards):
         with pytest.raises(ScoreError, match="none/state: No such file or directory"):

@@ -100,10 +100,23 @@ class TestEveryClass:
 @pytest.mark.parametrize("cls", [CrossEntropyLoss, NLLLoss])
 class TestWeights:
     def test_each_part_of_an_array_counts(self, cls):
-        weights = [None, WEIGHT, WEIGHT * 2, WEIGHT.astype(np.float32), WEIGHT[:2], WEIGHT[:, None]]
+        weights = [None, WEIGHT, WEIGHT * 2, WEIGHT.astype(np.float32), WEIGHT[:2]]
         losses = [cls(weight) for weight in weights]
         assert len(set(losses)) == len(losses)
         assert all(a == b for a, b in zip(losses, [cls(weight) for weight in weights], strict=True))
+
+    @pytest.mark.parametrize(
+        ("weight", "error", "message"),
+        [
+            (["a", "b"], TypeError, "weight: got dtype <U1, expected a real dtype"),
+            ([1j, 2], TypeError, "weight: got dtype complex128, expected a real dtype"),
+            ([[1, 2]], ValueError, r"weight: got shape \(1, 2\), expected \(C,\): one weight per class"),
+            (1.0, ValueError, r"weight: got shape \(\), expected \(C,\): one weight per class"),
+        ],
+    )
+    def test_what_no_call_could_have(self, cls, weight, error, message):
+        with pytest.raises(error, match=message):
+            cls(weight)
 
     def test_the_layout_does_not_count(self, cls):
         assert cls(WEIGHT[::-1]) == cls(WEIGHT[::-1].copy())

@@ -86,7 +86,8 @@ def contents() -> tuple[int, int]:
 
 def _is_trusted(status: os.stat_result) -> bool:
     """Whether only this user or the superuser can have written it: what another user wrote is not loaded as code."""
-    return not hasattr(os, "getuid") or (status.st_uid in (os.getuid(), 0) and not status.st_mode & stat.S_IWOTH)
+    for_others = stat.S_IWGRP | stat.S_IWOTH
+    return not hasattr(os, "getuid") or (status.st_uid in (os.getuid(), 0) and not status.st_mode & for_others)
 
 
 def _write(path: Path, data: bytes) -> None:

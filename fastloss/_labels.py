@@ -42,11 +42,11 @@ def as_array(value: Any, name: str) -> Array:
     """An array-like of one or two dimensions: arrays, sequences, series and data frames, nullable ones included."""
     if isinstance(value, np.matrix):
         raise ParameterError(f"{name}: np.matrix is not supported, expected an array (np.asarray makes one)")
-    dtype = getattr(getattr(value, "dtype", None), "numpy_dtype", None)  # pandas' nullable and Arrow's dtypes
-    if getattr(dtype, "kind", "O") in "biuf":
+    dtype = _plain_dtype(value)
+    if dtype is not None:
         try:
             value = value.to_numpy(dtype=dtype)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # the former of pandas' Arrow dtypes
             raise ParameterError(f"Input {name} contains NaN: expected no missing values ({error})") from None
     array = _validation.as_array(value, name)
     if array.ndim == 0:
@@ -54,6 +54,18 @@ def as_array(value: Any, name: str) -> Array:
     if array.ndim > 2:
         raise ParameterError(f"{name}: Found array with dim {array.ndim}, while dim <= 2 is required.")
     return array
+
+
+def _plain_dtype(value: Any) -> np.dtype[Any] | None:
+    """NumPy's dtype for numbers of pandas' nullable and Arrow's dtypes, in a series or a frame; None for all else."""
+    is_frame = hasattr(value, "iloc") and value.ndim == 2
+    dtypes = list(value.dtypes) if is_frame else [getattr(value, "dtype", None)]
+    if not any(hasattr(dtype, "numpy_dtype") for dtype in dtypes):
+        return None
+    plain = [getattr(dtype, "numpy_dtype", dtype) for dtype in dtypes]
+    if not all(isinstance(dtype, np.dtype) and dtype.kind in "biuf" for dtype in plain):
+        return None
+    return np.result_type(*plain)
 
 
 def as_labels(value: Any, name: str) -> Array:
@@ -69,7 +81,7 @@ def as_labels(value: Any, name: str) -> Array:
     array = as_array(value, name)
     if isinstance(value, list | tuple) and array.ndim == 1 and array.dtype.kind == "U":
         raise ParameterError(
-            f"Mix of label input types (string and number) in {name}: got {array[0]!r} before a string"
+            f"Mix of label input types (string and number) in {name}: got {value[0]!r} before a string"
         )
     return array.reshape(-1) if array.ndim == 2 and array.shape[1] == 1 else array
 
@@ -185,19 +197,20 @@ def _encode_strings(labels: Array) -> tuple[Array, Array]:
     first, row, n_known, n_found = np.empty(_SMALLEST_TABLE // 2, np.int64), 0, 0, 0
     table = np.full(_SMALLEST_TABLE, -1, np.int32)
     while row < len(codes):
-        row, n_found = string_codes.serial(
-            1,
-            flat,
-            origin,
-            labels.strides[0],
-            labels.itemsize,
-            row,
-            codes[: row + step],
-            table,
-            first,
-            n_known,
-            n_found,
-        )
+        with np.errstate(over="ignore"):  # (uncompiled, NumPy's multiplication warns where the hash wraps around)
+            row, n_found = string_codes.serial(
+                1,
+                flat,
+                origin,
+                labels.strides[0],
+                labels.itemsize,
+                row,
+                codes[: row + step],
+                table,
+                first,
+                n_known,
+                n_found,
+            )
         n_known = 0
         if n_found == len(first):
             n_known = n_found

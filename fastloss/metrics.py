@@ -148,19 +148,21 @@ def log_loss_from_logits(
     logits : array_like
         Shape ``(n_samples, n_classes)``, whose columns belong to the sorted labels; or shape ``(n_samples,)`` or
         ``(n_samples, 1)``, the log-odds of the greater of two labels, as ``decision_function`` gives them. Any dtype of
-        :func:`fastloss.cross_entropy`; -inf masks a class.
+        :func:`fastloss.cross_entropy`; -inf masks a class. Log-odds of -inf and inf are probabilities of 0 and 1.
     normalize, sample_weight, labels
         As in :func:`log_loss`.
 
     Returns
     -------
     float
-        The weighted mean, or the weighted sum, of the losses: inf where a true class has a logit of -inf.
+        The weighted mean, or the weighted sum, of the losses: inf where a true class has a logit of -inf, or
+        infinite log-odds against it.
 
     Raises
     ------
     ValueError
-        For NaN, for rows without a softmax (with inf, or of -inf alone), and as :func:`log_loss` for everything else.
+        For NaN, for rows of two or more logits without a softmax (with inf, or of -inf alone), and as :func:`log_loss`
+        for everything else.
     ZeroDivisionError
         For weights whose sum is zero, unless ``normalize=False``.
 
@@ -378,9 +380,12 @@ def top_k_accuracy_from_logits(
     from fastloss._kernels.scores import top_k
 
     _check_flag(normalize, "normalize")
-    k = _validation.check_integer(k, "k")
+    try:
+        k = _validation.check_integer(k, "k")
+    except TypeError as error:
+        raise ParameterError(str(error)) from None
     if k < 1:
-        raise ValueError(f"k: got {k}, expected an integer of at least 1")
+        raise ParameterError(f"k: got {k}, expected an integer of at least 1")
     scores = _as_scores(logits, "logits")
     y, weights = _check_rows(y_true, scores, sample_weight)
     n_classes = _n_classes(scores)
@@ -488,10 +493,10 @@ class _Scorer:
             scores = scores[:, 1]  # as scikit-learn's scorers do: the other probability is 1 minus this one
         return -self._loss(y_true, scores, sample_weight=sample_weight, labels=labels)
 
-    def set_score_request(self, *, sample_weight: bool | str | None) -> "_Scorer":
+    def set_score_request(self, *, sample_weight: bool | str | None = "$UNCHANGED$") -> "_Scorer":
         """A scorer that asks scikit-learn's metadata routing for weights: True, False, None, or under which name.
 
-        The scorer itself, which everybody shares, stays as it is.
+        The scorer itself, which everybody shares, stays as it is. (The default is scikit-learn's own.)
         """
         from sklearn import get_config
 
@@ -501,7 +506,9 @@ class _Scorer:
                 "sklearn.set_config(enable_metadata_routing=True)."
             )
         scorer = copy.copy(self)
-        scorer._request = sample_weight
+        if not (isinstance(sample_weight, str) and sample_weight == "$UNCHANGED$"):
+            scorer._request = sample_weight
+            scorer.get_metadata_routing()  # where scikit-learn raises for what is no request
         return scorer
 
     def get_metadata_routing(self) -> Any:
@@ -576,7 +583,8 @@ def _as_weights(sample_weight: Any, shape: tuple[int, ...], may_be_zero: bool = 
     array = _validation.as_array(sample_weight, "sample_weight")
     if array.ndim == 0 and shape:
         raise ParameterError(f"sample_weight: got {array}, expected an array-like or None")
-    if array.dtype.kind not in "biufO":
+    is_text = array.dtype == object and any(isinstance(weight, str | bytes) for weight in array.flat)
+    if is_text or array.dtype.kind not in "biufO":
         raise ParameterError(f"sample_weight: got dtype {array.dtype}, expected real numbers")
     if array.shape != shape:
         raise ValueError(f"sample_weight.shape == {array.shape}, expected {shape}: one weight per row")
@@ -708,6 +716,8 @@ def _add_token_losses(
         losses = functional.cross_entropy(logits, y, ignore_index=ignore_index, reduction="none")
     except IndexError as error:
         raise IndexError(str(error).replace("target", "y_true", 1)) from None
+    if y.dtype == bool:
+        y = y.view(np.uint8)  # NumPy compares bool with no integer beyond int64
     is_kept = np.reshape(y != ignore_index, -1)
     values = np.reshape(losses, -1)[is_kept]
     if np.isnan(values).any():

@@ -19,6 +19,8 @@ _gradient = value_and_grad(functional.cross_entropy)
 
 # The smallest Hessian of XGBoost's own softmax objective (kRtEps of src/objective/multiclass_obj.cu).
 _XGBOOST_SMALLEST = 1e-16
+# LightGBM keeps labels as float32, which holds every whole number up to this one.
+_LIGHTGBM_LARGEST = 1 << 24
 # The smallest frequency of a class in LightGBM's starting scores (kEpsilon of include/LightGBM/meta.h).
 _LIGHTGBM_SMALLEST = 1e-15
 
@@ -91,7 +93,8 @@ class XGBoostCrossEntropy(_CrossEntropy):
     r"""Multiclass cross-entropy as a custom objective, and metric, of XGBoost.
 
     For ``xgboost.train(params, dtrain, obj=..., custom_metric=...)`` and for ``XGBClassifier(objective=...,
-    eval_metric=...)``. Without options it is XGBoost's own ``multi:softprob`` objective and ``mlogloss`` metric.
+    eval_metric=...)``. Without options it is XGBoost's own ``multi:softprob`` objective and ``mlogloss`` metric, where
+    both start from the same scores: with ``base_score=0.5`` among the parameters.
 
     Parameters
     ----------
@@ -120,6 +123,9 @@ class XGBoostCrossEntropy(_CrossEntropy):
     in its loss, these are :math:`p_c \sum_k m_k - m_c` and :math:`\max(2\, p_c (1 - p_c) \sum_k m_k,\, 10^{-16})` times
     the sample weight: the factor 2 is XGBoost's own convention. `num_class` must be among the parameters (XGBoost
     infers it for its own objectives only), and predictions are raw scores.
+
+    Unless `base_score` is among the parameters, XGBoost's own objective starts from the classes' frequencies (in newer
+    versions), a custom one from 0.5 for every class.
 
     ``metric`` is for ``custom_metric=`` and ``eval_metric=``: the mean over the rows, weighted by sample and class
     weights, of the loss with the same options, under the name ``cross_entropy``.
@@ -219,21 +225,49 @@ class LightGBMCrossEntropy(_CrossEntropy):
         Parameters
         ----------
         y_true : array_like
-            The labels, where every class occurs; those that are `ignore_index` do not count.
+            The labels, shape ``(n_samples,)``, where every class occurs; those that are `ignore_index` do not count.
         sample_weight : array_like, optional
-            One weight per row.
+            One weight per row, none of them negative.
 
         Returns
         -------
         numpy.ndarray
             The logarithm of each class's share of the (sample) weight: repeat it for every row and give it to the
             ``Dataset`` as ``init_score``, for training and validation, and add it to predictions.
+
+        Raises
+        ------
+        ValueError
+            For labels that are no class indices, or none that count; for weights of another shape, negative or not
+            finite, or without a positive sum.
+        TypeError
+            For labels or weights that are no real numbers.
         """
-        labels = _as_labels(y_true)
+        labels = _as_labels(y_true, "y_true")
+        if labels.ndim != 1:
+            raise ValueError(f"y_true: got shape {labels.shape}, expected (n_samples,): one label per row")
+        weights = _as_weights(sample_weight, labels.shape)
         kept = labels != self.ignore_index
-        weights = None if sample_weight is None else np.asarray(sample_weight, np.float64)[kept]
-        counts = np.bincount(labels[kept], weights)
-        return np.asarray(np.log(np.maximum(counts / counts.sum(), _LIGHTGBM_SMALLEST)))
+        labels = labels[kept]
+        outside = (labels < 0) | (labels > _LIGHTGBM_LARGEST)
+        if outside.any():
+            raise ValueError(
+                f"y_true: got {labels[outside][0]}, expected class indices in [0, {_LIGHTGBM_LARGEST}] "
+                f"or ignore_index={self.ignore_index}"
+            )
+        if not labels.size:
+            raise ValueError(f"y_true: got {len(kept)} labels of which none counts, expected one or more")
+        if weights is not None:
+            weights = weights[kept]
+            odd = ~(weights >= 0) | np.isinf(weights)
+            if odd.any():
+                raise ValueError(f"sample_weight: got {weights[odd][0]}, expected finite numbers from 0 on")
+        counts = np.bincount(labels.astype(np.int64), weights)
+        with np.errstate(over="ignore"):
+            total = counts.sum()
+        if not 0 < total < np.inf:
+            raise ValueError(f"sample_weight: got weights of sum {total}, expected a positive finite sum")
+        return np.asarray(np.log(np.maximum(counts / total, _LIGHTGBM_SMALLEST)))
 
 
 class _XGBoostMetric:
@@ -263,15 +297,26 @@ class _LightGBMMetric:
         return self.__name__, self.objective._loss(y_true, y_pred, weight), False
 
 
-def _as_labels(labels: Any) -> Array:
-    """Labels as int64: both libraries keep them as float32."""
-    array = _validation.as_real(labels, "labels")
+def _as_labels(labels: Any, name: str = "labels") -> Array:
+    """Labels as int64, or uint64 where they are that: both libraries keep them as float32."""
+    array = _validation.as_real(labels, name)
     if _validation.is_integer(array.dtype):
-        return array.astype(np.int64, copy=False)
-    whole = np.rint(array)
-    if not (array == whole).all():
-        raise ValueError(f"labels: got {array[array != whole][0]}, expected whole numbers: class indices")
-    return whole.astype(np.int64)
+        return array.astype(np.int64, copy=False) if np.can_cast(array.dtype, np.int64) else array
+    values = array.astype(np.float64)
+    is_whole = (values == np.rint(values)) & (values >= -(2.0**63)) & (values < 2.0**63)
+    if not is_whole.all():
+        raise ValueError(f"{name}: got {array[~is_whole][0]}, expected whole numbers of int64: class indices")
+    return values.astype(np.int64)
+
+
+def _as_weights(sample_weight: Any, shape: tuple[int, ...]) -> Array | None:
+    """Weights in float64; None if there are none, which the libraries' data sets may say by an empty array."""
+    if sample_weight is None or not np.size(sample_weight):
+        return None
+    weights = _validation.as_real(sample_weight, "sample_weight")
+    if weights.shape != shape:
+        raise ValueError(f"sample_weight: got shape {weights.shape}, expected {shape}: one weight per row")
+    return weights.astype(np.float64)
 
 
 def _unpack(first: Any, second: Any, sample_weight: Any) -> tuple[Array, Array, Array | None]:
@@ -287,9 +332,4 @@ def _unpack(first: Any, second: Any, sample_weight: Any) -> tuple[Array, Array, 
             f"predictions: got shape {scores.shape} for labels of shape {labels.shape}, "
             "expected (n_samples, n_classes); is num_class among the parameters?"
         )
-    if sample_weight is None or not np.size(sample_weight):
-        return scores, labels, None
-    weights = _validation.as_real(sample_weight, "sample_weight")
-    if weights.shape != labels.shape:
-        raise ValueError(f"sample_weight: got shape {weights.shape}, expected {labels.shape}: one weight per row")
-    return scores, labels, weights.astype(np.float64)
+    return scores, labels, _as_weights(sample_weight, labels.shape)

@@ -115,13 +115,38 @@ def _belong_to_another_user(path):
         path.chmod(0o644)
 
 
-@pytest.mark.parametrize("damage", [_empty, _truncate, _flip, _belong_to_another_user])
+def _be_writable_by_the_group(path):
+    path.chmod(0o664)
+
+
+def _be_writable_by_all(path):
+    path.chmod(0o646)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_empty, _truncate, _flip, _belong_to_another_user, _be_writable_by_the_group, _be_writable_by_all],
+)
 def test_a_damaged_or_foreign_file_is_compiled_again(cache, damage):
     (path,) = kernels(cache)
     damage(path)
     assert run(cache) == MISS
     assert run(cache) == HIT
     assert kernels(cache) == [path]
+
+
+def test_where_the_group_may_write_nothing_is_loaded_nor_kept(cache):
+    """Another user could have put a file of this one's there, under whatever name."""
+    (path,) = kernels(cache)
+    data = path.read_bytes()
+    path.parent.chmod(0o775)
+    assert run(cache) == MISS
+    path.unlink()
+    assert run(cache) == MISS
+    assert kernels(cache) == []
+    path.parent.chmod(0o755)
+    path.write_bytes(data)
+    assert run(cache) == HIT
 
 
 def test_a_file_under_the_name_of_another_is_not_loaded(cache):

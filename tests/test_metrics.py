@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import math
+import os
 import re
 import subprocess
 import sys
@@ -399,6 +400,26 @@ class TestEqualsScikitLearn:
             expected = sklearn.metrics.brier_score_loss(np.array(matrix), softmax(logits), sample_weight=weights)
             assert brier_score_from_logits(matrix, logits, sample_weight=weights) == pytest.approx(expected, rel=1e-12)
 
+    @pytest.mark.parametrize(
+        "dtype", ["Int64", "UInt8", "boolean", "Float32", "int64[pyarrow]", "bool[pyarrow]", "double[pyarrow]"]
+    )
+    def test_indicators_in_a_frame(self, rng, dtype):
+        if "pyarrow" in dtype:
+            pytest.importorskip("pyarrow")
+        logits = rng.normal(size=(4, 3))
+        p = softmax(logits)
+        for rows in ([0, 1, 2, 2], [1, 1, 1, 1]):
+            plain = pd.DataFrame(np.eye(3, dtype=int)[rows])
+            frame = plain.astype(dtype)
+            for y in (frame, plain.astype({0: dtype})):
+                expected = sklearn.metrics.log_loss(y, p)
+                assert expected == pytest.approx(-np.log(p[range(4), rows]).mean(), rel=1e-12)
+                assert log_loss(y, p) == pytest.approx(expected, rel=1e-12)
+                assert log_loss_from_logits(y, logits) == pytest.approx(expected, rel=1e-12)
+        frame = pd.DataFrame([[1, 1, 0], [0, 1, 1], [0, 0, 0]]).astype(dtype)
+        expected = -(np.log(p[0, :2]).sum() + np.log(p[1, 1:]).sum()) / 3
+        assert log_loss(frame, p[:3]) == pytest.approx(expected, rel=1e-12)
+
     @pytest.mark.parametrize("y", [[[1, 0], [0, 1]], [[1, 1], [0, 1]]])
     def test_indicators_of_two_classes_with_one_column(self, y):
         expected = sklearn.metrics.log_loss(y, [0.3, 0.8])
@@ -676,6 +697,19 @@ class TestPerplexity:
                     assert same == found
         assert n_values > 100
 
+    @pytest.mark.parametrize("ignore_index", [2**63 - 1, 2**63, 2**64, 2**70, -(2**63), -(2**63) - 1, -(2**70)])
+    @pytest.mark.parametrize("dtype", "?bBqQ")
+    def test_an_ignore_index_that_no_label_can_be(self, dtype, ignore_index):
+        logits = np.log([[0.5, 0.5], [0.2, 0.8]])
+        found = perplexity(np.array([0, 1], dtype), logits, ignore_index=ignore_index)
+        assert found == pytest.approx(1 / np.sqrt(0.5 * 0.8), rel=1e-14)
+
+    def test_bool_that_is_ignored(self):
+        logits = np.log([[0.5, 0.5], [0.2, 0.8], [0.75, 0.25]])
+        y = np.array([[False, True, False], [True, True, True]])[0, ::-1]
+        assert perplexity(y[::-1], logits, ignore_index=1) == pytest.approx(1 / np.sqrt(0.5 * 0.75), rel=1e-14)
+        assert perplexity(y[::-1], logits, ignore_index=0) == pytest.approx(1 / 0.8, rel=1e-14)
+
     def test_overflow_is_inf(self):
         assert perplexity([0], [[0.0, 1000.0]]) == INF
 
@@ -734,10 +768,11 @@ ERRORS = [
     ("NaN label", "contains NaN", ([0, NAN, 1], TWO), {}),
     ("infinite label", "contains infinity", ([0, INF, 1], TWO), {}),
     ("missing label", "contains NaN", (pd.Series([0, 1, None], dtype="Int64"), TWO), {}),
+    ("missing bool", "Input y_true contains NaN", (pd.Series([False, True, None], dtype="boolean"), TWO), {}),
     ("missing string", "Unknown label type", (pd.Series(["a", "b", None]), TWO), {}),
     ("objects", "Unknown label type", (np.array([0, 1, 0], object), TWO), {}),
     ("mix", "Mix of label input types", (["a", 1, "a"], TWO), {}),
-    ("mix, number first", "Mix of label input types", ([1, "a", "a"], TWO), {}),
+    ("mix, number first", "Mix of label input types (string and number) in y_true: got 1", ([1, "a", "a"], TWO), {}),
     ("bytes", "bytes is not supported", ([b"a", b"b", b"a"], TWO), {}),
     ("complex labels", "omplex data not supported", ([1j, 0, 1], TWO), {}),
     ("multioutput", "Multioutput target data", ([[1, 0, 2], [0, 1, 2], [1, 0, 2]], THREE), {}),
@@ -772,6 +807,19 @@ ERRORS = [
     ("scalar weight", "sample_weight: got 2.0", ([0, 1, 0], TWO), {"sample_weight": 2.0}),
     ("0-d weight", "sample_weight: got 2.0", ([0, 1, 0], TWO), {"sample_weight": np.array(2.0)}),
     ("text weights", "sample_weight: got dtype", ([0, 1, 0], TWO), {"sample_weight": ["1", "2", "3"]}),
+    *(
+        (
+            f"text weights, {type(weights).__name__} of {weights.dtype}",
+            "sample_weight: got dtype object, expected real numbers",
+            ([0, 1, 0], TWO),
+            {"sample_weight": weights},
+        )
+        for weights in (
+            np.array(["1", "2", "3"], object),
+            np.array([1, 2, b"3"], object),
+            pd.Series(["1", "2", "3"], dtype="string"),
+        )
+    ),
     ("missing weight", "Input sample_weight contains NaN", ([0, 1, 0], TWO), {"sample_weight": [1, 2, None]}),
     ("object weights", "sample_weight: got dtype", ([0, 1, 0], TWO), {"sample_weight": [1, 2, "three"]}),
     ("dictionaries", "sample_weight: got dtype", ([0, 1, 0], TWO), {"sample_weight": [1, 2, {}]}),
@@ -820,9 +868,12 @@ class TestErrors:
             brier_score_from_logits([0, 1, 0], TWO, scale_by_half="half")
 
     def test_k(self):
-        for k, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), ("1", TypeError)):
-            with pytest.raises(error, match="k: got"):
-                top_k_accuracy_from_logits([0, 1, 0], TWO, k=k)
+        for k in (0, -1, 1.5, "1", None):
+            for error in (ValueError, TypeError):  # scikit-learn's is both
+                with pytest.raises(error, match=f"k: got {k!r}, expected an integer"):
+                    top_k_accuracy_from_logits([0, 1, 0], TWO, k=k)
+                with pytest.raises(error, match="'k' parameter"):
+                    sklearn.metrics.top_k_accuracy_score([0, 1, 0], [0.1, 0.2, 0.3], k=k)
         with pytest.raises(ValueError, match="must be ordered"):
             top_k_accuracy_from_logits([0, 1, 2], THREE, labels=[0, 2, 1])
         with pytest.raises(ValueError, match="one label per row"):
@@ -839,6 +890,23 @@ class TestErrors:
         options = {"k": 1} if function is top_k_accuracy_from_logits else {}
         with pytest.raises(ValueError, match="Input contains NaN: row 1 of logits"):
             function([0, 1, 0], [0.0, NAN, 1.0], **options)
+
+    @pytest.mark.parametrize(
+        "dtype", ["Int64", "boolean", "Float64", "int64[pyarrow]", "bool[pyarrow]", "double[pyarrow]"]
+    )
+    def test_missing_values_of_pandas(self, dtype):
+        if "pyarrow" in dtype:
+            pytest.importorskip("pyarrow")
+        missing = pd.Series([0, 1, None], dtype="object").astype(dtype)
+        for function, scores in ((log_loss, "y_proba"), (log_loss_from_logits, "logits")):
+            with pytest.raises(ValueError, match="Input y_true contains NaN"):
+                function(missing, TWO)
+            with pytest.raises(ValueError, match="Input labels contains NaN"):
+                function([0, 1, 0], TWO, labels=missing)
+            with pytest.raises(ValueError, match=rf"contains NaN.*{scores}|Input {scores} contains NaN"):
+                function([0, 1, 0], missing)
+            with pytest.raises(ValueError, match=r"Input y_true contains NaN|y_true: got shape"):
+                function(pd.DataFrame({"no": missing, "yes": missing}), TWO)
 
     def test_a_masked_array(self):
         with pytest.raises(ValueError, match="masked"):
@@ -1016,6 +1084,25 @@ class TestModule:
         results = doctest.testmod(metrics)
         assert results.attempted > 5
         assert results.failed == 0
+
+    def test_labels_of_text_uncompiled(self):
+        """Without a warning of NumPy's where the hash wraps around; the mean of -log 0.9, -log 0.8, -log 0.65."""
+        code = """
+import numpy as np
+from fastloss import metrics
+y = np.array(["spam and more of it", "ham", "spam and more of it"])
+print(round(metrics.log_loss(y, np.array([0.9, 0.2, 0.65])), 12))
+"""
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code],
+            env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.stderr == ""
+        assert float(done.stdout) == pytest.approx(-np.log([0.9, 0.8, 0.65]).mean(), abs=1e-11)
 
     def test_scikit_learn_is_not_imported(self):
         code = """

@@ -112,6 +112,75 @@ class TestInterface:
         with pytest.raises(IndexError, match="target: got 3 at 1"):
             make()([0, 3], scores)
 
+    @pytest.mark.parametrize(
+        ("labels", "error", "match"),
+        [
+            ([np.inf, 1], ValueError, "labels: got inf, expected whole numbers"),
+            ([1, -np.inf], ValueError, "labels: got -inf, expected whole numbers"),
+            ([1, np.nan], ValueError, "labels: got nan, expected whole numbers"),
+            (np.float16([1, np.inf]), ValueError, "labels: got inf, expected whole numbers"),
+            ([1e30, 1], ValueError, r"labels: got 1e\+30, expected whole numbers of int64"),
+            ([-1e30, 1], ValueError, r"labels: got -1e\+30, expected whole numbers of int64"),
+            (np.float32([1, 2**63]), ValueError, r"labels: got 9\.22\d*e\+18, expected whole numbers of int64"),
+            ([-(2.0**63), 1], IndexError, "target: got -9223372036854775808 at 0"),
+            (np.array([2**64 - 100, 1], np.uint64), IndexError, "target: got 18446744073709551516 at 0"),
+            (np.array([1, 2**63], ">u8"), IndexError, "target: got 9223372036854775808 at 1"),
+        ],
+    )
+    def test_labels_that_no_class_can_have(self, make, labels, error, match):
+        """As int64 they would be other numbers, 2**64 - 100 the default of `ignore_index`."""
+        scores = np.zeros((2, 3))
+        for function in (make(), make().metric):
+            with pytest.raises(error, match=match):
+                function(labels, scores)
+
+    def test_labels_of_every_integer_dtype(self, make):
+        scores = np.log([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.25, 0.25, 0.5]])
+        for dtype in "bBhHiIqQefd":
+            gradient, _ = make()(np.array([0, 2, 1], dtype), scores)
+            np.testing.assert_allclose(gradient, np.exp(scores) - np.eye(3)[[0, 2, 1]], rtol=1e-12, atol=1e-15)
+        ignored = np.array([0, 2**64 - 1, 1], np.uint64)
+        gradient, _ = make(ignore_index=2**64 - 1)(ignored, scores)
+        assert gradient.any(axis=1).tolist() == [True, False, True]
+
+
+class TestInitScore:
+    def test_the_logarithms_of_the_shares(self):
+        objective = LightGBMCrossEntropy(ignore_index=9)
+        found = objective.init_score([0, 2, 9, 2, 1])
+        np.testing.assert_allclose(found, np.log([0.25, 0.25, 0.5]), rtol=1e-14)
+        found = objective.init_score(np.array([0, 2, 9, 2, 1], np.uint64), [1, 2, np.nan, 0, 5])
+        np.testing.assert_allclose(found, np.log([1 / 8, 5 / 8, 2 / 8]), rtol=1e-14)
+        np.testing.assert_allclose(objective.init_score([True, False, True]), np.log([1 / 3, 2 / 3]), rtol=1e-14)
+        np.testing.assert_allclose(objective.init_score([0.0, 2.0])[[0, 2]], np.log([0.5, 0.5]), rtol=1e-14)
+
+    @pytest.mark.parametrize(
+        ("error", "match", "arguments"),
+        [
+            (ValueError, r"y_true: got shape \(1, 2\), expected \(n_samples,\)", ([[0, 1]],)),
+            (ValueError, r"y_true: got shape \(\), expected", (1,)),
+            (ValueError, "y_true: got -1, expected class indices", ([0, -1],)),
+            (ValueError, r"y_true: got 0\.5, expected whole numbers", ([0, 0.5],)),
+            (ValueError, "y_true: got inf, expected whole numbers", ([0, np.inf],)),
+            (ValueError, "y_true: got 1000000000000, expected class indices", ([0, 10**12],)),
+            (ValueError, "y_true: got 18446744073709551516, expected", (np.array([0, 2**64 - 100], np.uint64),)),
+            (ValueError, "y_true: got 0 labels of which none counts", (np.zeros(0, int),)),
+            (ValueError, "y_true: got 2 labels of which none counts", ([-100, -100],)),
+            (TypeError, "y_true: got dtype <U1", (["0", "1"],)),
+            (ValueError, r"sample_weight: got shape \(3,\), expected \(2,\)", ([0, 1], [1, 1, 1])),
+            (TypeError, "sample_weight: got dtype <U1", ([0, 1], ["1", "2"])),
+            (TypeError, "sample_weight: got dtype complex128", ([0, 1], [1j, 2])),
+            (ValueError, "sample_weight: got -1.0, expected finite numbers", ([0, 1], [3, -1])),
+            (ValueError, "sample_weight: got nan, expected finite numbers", ([0, 1], [3, np.nan])),
+            (ValueError, "sample_weight: got inf, expected finite numbers", ([0, 1], [3, np.inf])),
+            (ValueError, "sample_weight: got weights of sum 0.0", ([0, 1], [0, 0])),
+            (ValueError, "sample_weight: got weights of sum inf", ([0, 1], [1e308, 1e308])),
+        ],
+    )
+    def test_errors(self, error, match, arguments):
+        with pytest.raises(error, match=match):
+            LightGBMCrossEntropy().init_score(*arguments)
+
 
 # ---------------------------------------------------------------------------------------------- trained for real
 
@@ -181,6 +250,15 @@ class TestXGBoost:
         round_by_round((ours, theirs))
         scores = booster.predict(valid, output_margin=True)
         assert ours[-1] == pytest.approx(float(fastloss.cross_entropy(scores, digits[3])), abs=1e-6)
+
+    def test_where_a_custom_objective_starts(self, xgboost):
+        """From 0.5 for every class, which is what `base_score` says to their own one as well."""
+        data = xgboost.DMatrix(np.zeros((4, 1)), [0, 0, 0, 1])
+        params = {"num_class": 2, "eta": 0.0, "nthread": 1}
+        ours = xgboost.train(params, data, 1, obj=XGBoostCrossEntropy())
+        theirs = xgboost.train(params | {"objective": "multi:softprob", "base_score": 0.5}, data, 1)
+        for booster in (ours, theirs):
+            assert (booster.predict(data, output_margin=True) == 0.5).all()
 
     def test_sample_weights(self, xgboost, digits):
         rng = np.random.default_rng(0)

@@ -333,6 +333,20 @@ class TestWeights:
             assert ours.get_metadata_routing().score.requests == {"sample_weight": True}
             assert repr(ours) == f"{scorer!r}.set_score_request(sample_weight=True)"
 
+    @pytest.mark.parametrize("scorer", SCORERS, ids=repr)
+    @pytest.mark.parametrize("request_", [[1], 2.0, "a b", "", ["weights"]])
+    def test_what_is_no_request(self, scorer, request_):
+        with sklearn.config_context(enable_metadata_routing=True):
+            for setter in (scorer.set_score_request, get_scorer("neg_log_loss").set_score_request):
+                with pytest.raises(ValueError, match=r"`sample_weight` should be either a valid identifier or one of"):
+                    setter(sample_weight=request_)
+
+    @pytest.mark.parametrize("scorer", SCORERS, ids=repr)
+    def test_a_request_for_nothing_changes_nothing(self, scorer):
+        with sklearn.config_context(enable_metadata_routing=True):
+            for asked in (scorer, *(scorer.set_score_request(sample_weight=w) for w in (True, False, None, "name"))):
+                assert asked.set_score_request() == asked
+
     def test_a_request_without_routing(self):
         with pytest.raises(RuntimeError, match="enable_metadata_routing=True"):
             neg_log_loss_scorer.set_score_request(sample_weight=True)

@@ -159,7 +159,7 @@ def class_weight(weight: Any, n_classes: int | None = None) -> Array | None:
     array = as_array(weight, "weight")
     if not (is_floating(array.dtype) or is_integer(array.dtype) or np.issubdtype(array.dtype, np.longdouble)):
         raise TypeError(f"weight: got {_describe_dtype(weight, array)}, expected a real dtype")
-    if array.ndim != 1 or len(array) != (len(array) if n_classes is None else n_classes):
+    if array.ndim != 1 or n_classes not in (None, len(array)):
         expected = "C" if n_classes is None else n_classes
         raise ValueError(f"weight: got shape {array.shape}, expected ({expected},): one weight per class")
     return array

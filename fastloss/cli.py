@@ -5,6 +5,7 @@ The work is that of :func:`fastloss.score_file`; here are the options and the re
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -344,7 +345,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print("fastloss: error:", " ".join(message.splitlines()), file=sys.stderr)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):  # the status says it as well
+            print("fastloss: error:", " ".join(message.splitlines()), file=sys.stderr)
     return _USER_ERROR
 
 

@@ -367,7 +367,7 @@ def softmax(input: npt.ArrayLike, axis: int = _UNSET, *, dim: int = _UNSET) -> A
     *Special values.* A logit of -inf gives exactly 0; a row of only -inf, or with +inf or NaN, gives NaN throughout.
 
     *Accuracy.* Within 4 units in the last place wherever the result is a normal number (float64 of more than 512
-    classes, of which each some hundred have a larger one than those before: within 8).
+    classes, where the largest come late: within 8).
 
     *Differences from PyTorch.* `axis` defaults to the last; halves give float32; integers become float64.
 

@@ -374,6 +374,14 @@ def test_no_standard_output(files):
     assert (done.returncode, done.stderr) == (2, f"{ERROR}{'a' * 300}: File name too long\n")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
+@pytest.mark.parametrize("errors", ["2>/dev/full", "2>&-"])
+def test_no_standard_error(files, errors):
+    command = f"exec {sys.executable} -m fastloss score nope.npy nope.npy {errors}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
 def test_worst_rows_order(files, report, monkeypatch):
     logits = np.zeros((12, 7), np.float32)
     logits[2, 0] = -np.inf  # infinite loss

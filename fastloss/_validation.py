@@ -249,6 +249,12 @@ def broadcast_shape(logits: Array, target: Array) -> tuple[int, ...]:
         ) from None
 
 
+def is_kept(target: Array, ignore_index: int) -> Array:
+    """Which class indices are not ignored. NumPy compares bool with no integer beyond int64."""
+    kept: Array = (target.view(np.uint8) if target.dtype == np.bool_ else target) != ignore_index
+    return kept
+
+
 def target_out_of_range(target: Array, n_classes: int, ignore_index: int) -> NoReturn:
     """Raise for the first target, in C order, that is neither a class nor ignored: a kernel has seen one."""
     flat = target.reshape(-1) if target.flags.c_contiguous else None

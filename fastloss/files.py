@@ -660,14 +660,13 @@ class _Saved:
             if options.get(what) != value:
                 self._refuse(f"{what} {options.get(what)}, where this one has {value}")
         for i, before in enumerate(files):
+            self._read[i] = before
             now = self._identity(i) if i < len(self._pairs) else None
             if now is not None and i == done.shards and [name for name, *_ in now] == [name for name, *_ in before]:
-                self._read[i] = before
                 return done if now == before else shard_begin, shard_begin
             if now != before:
                 names = " and ".join(dict.fromkeys(name for name, *_ in before))
                 self._refuse(f"{names}, where this one has other files, or which have changed")
-            self._read[i] = before
         return done, shard_begin
 
     def _refuse(self, what: str) -> None:
@@ -877,7 +876,7 @@ class _Run:
                 shard = self.open(pair)
                 shapes.append(shard.row_shape)
                 dtype = dtype or self._dtype(shard)
-                if shapes[-1][1:] != shapes[0][1:]:
+                if shard.row_shape[1:] != shapes[0][1:]:
                     break
         if not shapes:
             return
@@ -929,12 +928,8 @@ class _Run:
     ) -> tuple[ScoredRow, ...]:
         """The worst rows so far, with those of a chunk."""
         losses = losses.reshape(-1)
-        is_ignored = np.False_
-        if not has_probabilities:
-            classes = targets.astype(np.int8) if targets.dtype == np.bool_ else targets  # compare with any integer
-            is_ignored = classes.reshape(-1) == self._stream.ignore_index
-        if is_ignored.any():
-            kept = np.flatnonzero(~is_ignored)
+        if not has_probabilities and not (is_kept := _validation.is_kept(targets, self._stream.ignore_index)).all():
+            kept = np.flatnonzero(is_kept)
             places = kept[worst_first(losses[kept], N_WORST)]
         else:
             places = worst_first(losses, N_WORST)

@@ -716,9 +716,7 @@ def _add_token_losses(
         losses = functional.cross_entropy(logits, y, ignore_index=ignore_index, reduction="none")
     except IndexError as error:
         raise IndexError(str(error).replace("target", "y_true", 1)) from None
-    if y.dtype == bool:
-        y = y.view(np.uint8)  # NumPy compares bool with no integer beyond int64
-    is_kept = np.reshape(y != ignore_index, -1)
+    is_kept = np.reshape(_validation.is_kept(y, ignore_index), -1)
     values = np.reshape(losses, -1)[is_kept]
     if np.isnan(values).any():
         raise ValueError("logits: got NaN, inf, or only -inf in a row that counts, expected a softmax in each of them")

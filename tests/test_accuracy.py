@@ -97,6 +97,17 @@ def test_smoothed_losses_of_targets_without_weight(n_rows, n_classes):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_softmax_of_long_rows_that_rise(dtype):
+    """Each group of classes is scaled to a maximum that comes later; where they rise evenly, by one factor every time.
+    (Of the first row, in float64, half of the entries were off by more than 4 ulp.)
+    """
+    in_order = np.sort(np.random.default_rng(4).normal(size=8200)) * 0.2
+    for row in np.array([np.linspace(0, 0.38, 8200), in_order], dtype):
+        got, exact = softmax(row), references.exact_softmax(row)
+        assert max(references.ulp_error(got[::7], exact[::7], dtype)) <= 4
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n_classes", [2, 10, 100, 1000, 2600])
 class TestOutputs:
     """softmax and log_softmax within 4 units in the last place (softmax wherever the result is a normal number)."""

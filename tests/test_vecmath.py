@@ -12,7 +12,16 @@ import pytest
 import references
 
 from fastloss._kernels._simd import lanes, load, store
-from fastloss._kernels._vecmath import LOG1P_LIMIT, exp, exp_and_difference, exp_of_any, log, log1p, log_difference
+from fastloss._kernels._vecmath import (
+    LOG1P_LIMIT,
+    exp,
+    exp_and_difference,
+    exp_difference_in_parts,
+    exp_of_any,
+    log,
+    log1p,
+    log_difference,
+)
 
 INF, NAN = math.inf, math.nan
 
@@ -38,6 +47,15 @@ def _exp_and_difference(a, b, plain, exact):
         both = exp_and_difference(load(a, i, like), load(b, i, like))
         store(plain, i, both[0])
         store(exact, i, both[1])
+
+
+@numba.njit
+def _exp_difference_in_parts(a, b, first, second):
+    like = a[0]
+    for i in range(0, len(a), lanes(like)):
+        parts = exp_difference_in_parts(load(a, i, like), load(b, i, like))
+        store(first, i, parts[0])
+        store(second, i, parts[1])
 
 
 @numba.njit
@@ -185,6 +203,31 @@ class TestExpAndDifference:
         b = np.tile(largest * np.finfo(dtype).eps / np.array([2.5, 3, 4, 5, 6, 1e10, 1e20, 1e30]), 2).astype(dtype)
         for got in self.both(a, b, dtype):
             np.testing.assert_array_equal(got, 0)
+
+
+class TestExpDifferenceInParts:
+    @staticmethod
+    def parts(a, b):
+        first, second = np.empty_like(a), np.empty_like(a)
+        _exp_difference_in_parts(a, b, first, second)
+        return first, second
+
+    @pytest.mark.parametrize("scale", [40.0, 1.0, 1e-3, 1e-9])
+    def test_error(self, rng, scale):
+        b = rng.normal(size=2048)
+        a = b + rng.uniform(-scale, scale, 2048)
+        with mpmath.workdps(50):
+            expected = [mpmath.exp(mpmath.mpf(u) - mpmath.mpf(v)) for u, v in zip(a, b, strict=True)]
+            got = [mpmath.mpf(u) + mpmath.mpf(v) for u, v in zip(*self.parts(a, b), strict=True)]
+            worst = max(abs(g / e - 1) for g, e in zip(got, expected, strict=True))
+        assert worst < 2.0**-53.7
+
+    def test_special_values(self):
+        a = np.array([-INF, -1e308, 3.0, -2000.0, NAN, 0.0, -INF, 7.0])
+        b = np.array([1.0, 1e308, 3.0, 100.0, 0.0, NAN, 0.0, 7.0])
+        first, second = self.parts(a, b)
+        np.testing.assert_array_equal(first, [0, 0, 1, 0, NAN, NAN, 0, 1])
+        np.testing.assert_array_equal(second, [0, 0, 0, 0, NAN, NAN, 0, 0])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

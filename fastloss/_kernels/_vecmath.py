@@ -27,6 +27,7 @@ __all__ = [
     "exp",
     "exp_and_difference",
     "exp_difference",
+    "exp_difference_in_parts",
     "exp_falling",
     "exp_falling_difference",
     "exp_of_any",
@@ -54,8 +55,8 @@ _LOG2E = 1.4426950408889634
 
 def _make_exp(dtype, coefficients, low, high):
     """Make exp(d), exp(d + low) where ``low`` is at most a unit in d's last place, or anything, NaN included, where d
-    is clamped, and both, for vectors of ``dtype``; then the first two again, the same bits in an operation less, where
-    d is not positive.
+    is clamped, and both, for vectors of ``dtype``; the first two again, the same bits in an operation less, where d is
+    not positive; and exp(d + low) with what its last rounding loses.
 
     Computes exp(d) = 2**n * (1 + f + f**2 * p(f)) with n = rint(d * log2(e)), f = d - n * ln(2).
 
@@ -98,8 +99,12 @@ def _make_exp(dtype, coefficients, low, high):
         return where(d == clamped, low, negative_zeros_like(d))
 
     @inline
+    def power_of_two(shifted):
+        return from_bits(to_bits(shifted) << splat(places))
+
+    @inline
     def scaled(f, shifted):
-        power = from_bits(to_bits(shifted) << splat(places))
+        power = power_of_two(shifted)
         return fma(fma(f * f, p(f), f), power, power)
 
     def make(clamp):
@@ -131,7 +136,17 @@ def _make_exp(dtype, coefficients, low, high):
         e = scaled(f if one_part else fma(n, splat(minus_low), f), shifted)
         return e, fma(e, fma(n, splat(minus_low), low) if one_part else low, e)
 
-    return *make(clamp), exp_both, *make(clamp_low)
+    @inline
+    def exp_sum_in_parts(d, low):
+        clamped = clamp(d)
+        shifted = fma(clamped, splat(log2e), splat(shift))
+        n = shifted - splat(shift)
+        f = fma(n, splat(minus_high), clamped) + fma(n, splat(minus_low), counted(low, d, clamped))
+        power, grown = power_of_two(shifted), fma(f * f, p(f), f)
+        e = fma(grown, power, power)
+        return e, fma(grown, power, power - e)
+
+    return *make(clamp), exp_both, *make(clamp_low), exp_sum_in_parts
 
 
 def _make_log1p(dtype, coefficients):
@@ -308,7 +323,8 @@ _log64 = _make_log(np.float64, _LOG1P64)
 
 
 # Exponential of a vector: see _make_exp. Infinite results may be NaN; exp_of_any has no such limits.
-exp, _exp_sum, _exp_both, exp_falling, _exp_sum_falling = map(by_dtype, _exps32, _exps64)
+exp, _exp_sum, _exp_both, exp_falling, _exp_sum_falling = map(by_dtype, _exps32[:5], _exps64[:5])
+_exp_sum_in_parts64 = _exps64[5]
 
 
 # Above 64 and 512 the square of exp is infinite as well.
@@ -348,6 +364,15 @@ def exp_falling_difference(a, b):
     """:func:`exp_difference` where a is not larger than b."""
     d, low = _difference(a, b)
     return _exp_sum_falling(d, low)
+
+
+@inline
+def exp_difference_in_parts(a, b):
+    """exp(a - b) of float64 vectors, finite b, as if the difference were exact, as a sum of two: within 2**-53.7 of
+    it in relative terms (tests/test_vecmath.py).
+    """
+    d, low = _difference(a, b)
+    return _exp_sum_in_parts64(d, low)
 
 
 @inline

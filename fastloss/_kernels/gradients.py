@@ -321,10 +321,8 @@ def _know_again(x, geometry, offsets, n, targets, narrow, scratch, kept, kept_of
     for i in range(n):
         logit, rest = narrow[SHIFT, i], narrow[INVERSE, i]
         if targets[i] >= 0 and not (rest < LARGEST_SUM and np.isfinite(logit)):
-            largest, other_rest, _, _ = rows.max_shift_row(
-                x, offsets[i], stride, n_classes, None, 0, 0, None, like, like, False, like,
-                (scratch.stage, scratch.stage),
-            )  # fmt: skip
+            stages = (scratch.stage, scratch.stage)
+            largest, other_rest = rows.max_shift_row(x, offsets[i], stride, n_classes, like, stages)
             rows.target_row(
                 x, offsets[i], stride, 0, n_classes, n_classes, np.int64(-1), largest, scratch.stage,
                 kept, kept_offsets[i], kept_stride, scratch.out_stage,

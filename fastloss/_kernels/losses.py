@@ -188,10 +188,8 @@ def _sum_again(x, geometry, offsets, begin, end, targets, shifts, loss, scratch)
     like = shifts[0]
     for i in range(begin, end):
         if targets[i] >= 0 and not (loss[i] < LOG1P_LIMIT and np.isfinite(shifts[i])):
-            largest, rest, _, _ = rows.max_shift_row(
-                x, offsets[i], stride, n_classes, None, 0, 0, None, like, like, False, like,
-                (scratch.stage, scratch.stage),
-            )  # fmt: skip
+            stages = (scratch.stage, scratch.stage)
+            largest, rest = rows.max_shift_row(x, offsets[i], stride, n_classes, like, stages)
             log_rest = first_lane(log1p(splat(scalar(rest, like))))
             loss[i] = log_rest + (largest - shifts[i]) if np.isfinite(largest) else np.nan
         else:
@@ -292,7 +290,7 @@ def _smoothed_cross_entropy(tile_sums):
         begin_targets(ledger, x, y, geometry, start, n, scratch)
         tile_sums(
             x, geometry, start, offsets, n, None, offsets, weight, like, like, False,
-            largest, rest, moment, mass, scratch,
+            largest, rest, scratch.wide[9], moment, mass, scratch,
         )  # fmt: skip
         for i in range(n):
             loss[i] = rest[i]
@@ -336,7 +334,7 @@ def _probabilities(tile_sums):
         tiles.row_offsets(geometry, tiles.TARGET, start, n, y_offsets)
         tile_sums(
             x, geometry, start, offsets, n, y, y_offsets, weight, scalar(keep, like), scalar(spread, like), False,
-            largest, rest, moment, mass, scratch,
+            largest, rest, scratch.wide[9], moment, mass, scratch,
         )  # fmt: skip
         for i in range(n):
             loss[i] = rest[i]
@@ -368,7 +366,7 @@ def _logsumexp(tile_sums):
         tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
         tile_sums(
             x, geometry, start, offsets, n, None, offsets, None, like, like, False,
-            largest, rest, unused, unused, scratch,
+            largest, rest, scratch.wide[9], unused, unused, scratch,
         )  # fmt: skip
         for i in range(n):
             result[i] = rest[i]
@@ -448,7 +446,7 @@ def _make_shifted_by_maximum(name, make_tile, chosen):
     for module, kind in ((rows, "rows"), (planes, "planes")):
         do_piece = max_shift_pieces(module.max_shift_pieces, module.PIECE, chosen)
         pieces = make_kernel(f"{name}_{kind}_pieces", do_piece, has_records=True)
-        split = Split(pieces, module.PIECE, 4, join)
+        split = Split(pieces, module.PIECE, rows.FOUND, join)
         kernels.append(make_kernel(f"{name}_{kind}", make_tile(module.max_shift_tile), split=split))
     return kernels
 

@@ -639,13 +639,19 @@ def _max_shift_lane(
 
 
 @inline
-def _rest_of_one_group(found, found_at, sums, sums_low, ties, slot, rest, row):
-    """:func:`fastloss._kernels.rows.whole_rest` of a vector of rows, each of one group."""
+def _rest_of_one_group(found, found_at, sums, sums_low, ties, slot, rest, lost, row):
+    """:func:`fastloss._kernels.rows.whole_rest` of a vector of rows, each of one group. ``sums`` may be all, without
+    ``sums_low``, and the sum rounded, without ``lost``.
+    """
     one, zero = splat(1.0), splat(0.0)
     for i in range(0, lanes(found[0]), lanes(0.0)):
         own = where(load(found, found_at + i, 0.0) > splat(-np.inf), one, zero)
-        total = load(sums, slot + i, 0.0) + (load(ties, slot + i, 0.0) - own)
-        store(rest, row + i, total if sums_low is None else total + load(sums_low, slot + i, 0.0))
+        total, low = two_sum(load(sums, slot + i, 0.0), load(ties, slot + i, 0.0) - own)
+        if sums_low is not None:
+            total, low = two_sum(total, load(sums_low, slot + i, 0.0) + low)
+        if lost is not None:
+            store(lost, row + i, low)
+        store(rest, row + i, total)
 
 
 @inline
@@ -653,7 +659,7 @@ def _largest_vector(source, origin, step, n_classes, begin, row, args):
     """:func:`max_shift_tile` of a vector of rows, without moments; the exponentials are kept, if ``kept`` is an array,
     as in the stage of the rows.
     """
-    largest, rest, sums, ties, exact, kept, width = args
+    largest, rest, lost, sums, ties, exact, kept, width = args
     like = largest[0]
     n_lanes = lanes(like)
     at, place = origin + row, begin + row
@@ -672,27 +678,27 @@ def _largest_vector(source, origin, step, n_classes, begin, row, args):
         store(sums, lane * n_lanes, total)
     _fold(sums, n_classes, n_lanes, n_lanes, like)
     store(ties, 0, n_ties)
-    _rest_of_one_group(largest, place, sums, None, ties, 0, rest, place)
+    _rest_of_one_group(largest, place, sums, None, ties, 0, rest, lost, place)
 
 
 @inline
 def _write_few(source, origin, step, n_classes, begin, n, args, output):
     """Write :func:`fastloss._kernels.rows.entry` of some rows, from what :func:`_largest_vector` has left."""
-    largest, rest, _, _, _, kept, width = args
-    scales, out, out_offsets, out_stride, out_direct, is_log = output
+    largest, rest, lost, _, _, _, kept, width = args
+    scales, lows, out, out_offsets, out_stride, out_direct, is_log = output
     like = largest[0]
     n_lanes = lanes(like)
-    find_scales(largest, rest, scales, begin, n, is_log)
+    find_scales(largest, rest, lost, scales, lows, begin, n, is_log)
     for c in range(n_classes):
         for slot in range(0, n, n_lanes):
             # (What is scaled where it is kept must not be so twice.)
             row = row_of(slot, n, n_lanes) if out_direct or is_log else slot
-            scale = load(scales, begin + row, like)
+            scale, scale_low = load(scales, begin + row, like), load(lows, begin + row, like)
             if is_log:
                 v = load(source, origin + c * step + row, like)
-                value = entry(v, load(largest, begin + row, like), scale, True)
+                value = entry(v, load(largest, begin + row, like), scale, scale_low, True)
             else:
-                value = entry(load(kept, c * width + row, like), None, scale, False)
+                value = entry(load(kept, c * width + row, like), None, scale, scale_low, False)
             if out_direct:
                 store(out, out_offsets[begin] + c * out_stride + row, value)
             else:
@@ -711,7 +717,7 @@ def _few_largest(x, geometry, start, offsets, n, largest, rest, scratch):
     like = largest[0]
     direct = is_direct(geometry, tiles.INPUT, start, n, lanes(like))
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
-    args = largest, rest, scratch.sums[0], scratch.sums[1], False, None, _staged_width(n, like)
+    args = largest, rest, None, scratch.sums[0], scratch.sums[1], False, None, _staged_width(n, like)
     _largest_of_few(x, offsets, n, n_classes, stride, direct, scratch.stage, like, args, None)
 
 
@@ -727,14 +733,15 @@ def scaled_tile(x, geometry, start, offsets, n, out, out_offsets, scratch):
     first-level cache. (Of the tile's statistics first, then its entries, softmax of 3 x 1,000,000 along axis 0 takes
     2.3 times as long, of 1,000,000 x 10 1.2 times.)
     """
-    largest, scales, rest = scratch.narrow[0], scratch.narrow[1], scratch.wide[4]
+    largest, scales, lows = scratch.narrow[0], scratch.narrow[1], scratch.narrow[2]
+    rest, lost = scratch.wide[4], scratch.wide[9]
     like = largest[0]
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     out_stride = tiles.class_stride(geometry, tiles.SECOND)
     direct = is_direct(geometry, tiles.INPUT, start, n, lanes(like))
     out_direct = is_direct(geometry, tiles.SECOND, start, n, lanes(like))
-    args = largest, rest, scratch.sums[0], scratch.sums[1], True, scratch.kept, _staged_width(n, like)
-    output = scales, out, out_offsets, out_stride, out_direct, geometry[tiles.IS_LOG] != 0
+    args = largest, rest, lost, scratch.sums[0], scratch.sums[1], True, scratch.kept, _staged_width(n, like)
+    output = scales, lows, out, out_offsets, out_stride, out_direct, geometry[tiles.IS_LOG] != 0
     _softmax_of_few(x, offsets, n, n_classes, stride, direct, scratch.stage, like, args, output)
 
 
@@ -753,19 +760,21 @@ def max_shift_tile(
     exact,
     largest,
     rest,
+    lost,
     moment,
     mass,
     scratch,
 ):
-    """Of each row, the maximum, the sum of exp(x - maximum) without the maximum's own 1, the moment and the mass; see
-    :func:`fastloss._kernels.rows.max_shift_row`.
+    """Of each row, the maximum, the sum of exp(x - maximum) without the maximum's own 1, what its rounding has lost
+    (not of few classes that are not ``exact``), the moment and the mass; see
+    :func:`fastloss._kernels.rows._max_shift_row`.
     """
     if weight is None and not exact and _are_few(geometry, largest[0]):
         _few_largest(x, geometry, start, offsets, n, largest, rest, scratch)
         return
     _max_shift_classes(
         x, geometry, start, offsets, n, 0, geometry[tiles.N_CLASSES], y, y_offsets, weight, keep, spread, exact,
-        largest, rest, moment, mass, scratch,
+        largest, rest, lost, moment, mass, scratch,
     )  # fmt: skip
 
 
@@ -774,14 +783,14 @@ def max_shift_pieces(
     x, geometry, start, offsets, n, begin, end, y, y_offsets, weight, keep, spread, exact, like, scratch
 ):
     """:func:`max_shift_tile` of a chunk of the classes, ``begin .. end``, into the records."""
-    largest, rest, moment, mass = scratch.narrow[0], scratch.wide[4], scratch.wide[5], scratch.wide[6]
+    largest, rest, lost = scratch.narrow[0], scratch.wide[4], scratch.wide[9]
+    moment, mass = scratch.wide[5], scratch.wide[6]
     _max_shift_classes(
         x, geometry, start, offsets, n, begin, end, y, y_offsets, weight, keep, spread, exact,
-        largest, rest, moment, mass, scratch,
+        largest, rest, lost, moment, mass, scratch,
     )  # fmt: skip
     for i in range(n):
-        at = record_at(geometry, start + i, begin, 4)
-        put_record(scratch.records, at, largest[i], rest[i], moment[i], mass[i])
+        put_record(scratch, geometry, start + i, begin, largest[i], rest[i], lost[i], moment[i], mass[i])
 
 
 @inline
@@ -801,6 +810,7 @@ def _max_shift_classes(
     exact,
     largest,
     rest,
+    lost,
     moment,
     mass,
     scratch,
@@ -814,7 +824,7 @@ def _max_shift_classes(
     one after the other). For log-sum-exp of more than a group see :func:`_many_classes`.
     """
     if weight is None and geometry[tiles.N_CLASSES] > GROUP and not exact:
-        _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scratch)
+        _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, lost, scratch)
         return
     like = largest[0]
     n_lanes = lanes(like)
@@ -827,7 +837,7 @@ def _max_shift_classes(
     base, next_largest, ties = narrow[2], narrow[3], narrow[4]
     group_largest, chunk_largest, shifts = narrow[5], narrow[6], narrow[7]
     chunk_rest, chunk_ties, chunk_moment, chunk_mass = wide[0], wide[1], wide[2], wide[3]
-    older, rest_low = wide[7], wide[8]
+    rest_low, older, older_low = wide[8], wide[7], wide[10]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     size = group_size(n_classes)
@@ -841,12 +851,14 @@ def _max_shift_classes(
     lowest, none = splat(scalar(-np.inf, like)), splat(0.0)
     _fill(largest, n_slots, lowest)
     _fill(rest, n_slots, none)
+    _fill(lost, n_slots, none)
     _fill(moment, n_slots, none)
     _fill(mass, n_slots, none)
     for chunk in range(begin, end, CHUNK):
         _fill(chunk_largest, n_slots, lowest)
         _fill(base, n_slots, lowest)
         _fill(older, n_slots, none)
+        _fill(older_low, n_slots, none)
         _fill(chunk_rest, n_slots, none)
         _fill(rest_low, n_slots, none)
         _fill(chunk_ties, n_slots, none)
@@ -875,9 +887,9 @@ def _max_shift_classes(
                 for slot in range(first, first + n_lanes):
                     if group_largest[slot] > chunk_largest[slot]:
                         if chunk_largest[slot] > -np.inf:
-                            base[slot], older[slot] = close_segment(
+                            base[slot], older[slot], older_low[slot] = close_segment(
                                 chunk_largest[slot], chunk_rest[slot], rest_low[slot], chunk_ties[slot],
-                                base[slot], older[slot],
+                                base[slot], older[slot], older_low[slot],
                             )  # fmt: skip
                             chunk_rest[slot] = 0.0
                             rest_low[slot] = 0.0
@@ -931,17 +943,19 @@ def _max_shift_classes(
             row = row_of(slot, n, n_lanes)
             if end - begin <= size:
                 store(largest, row, load(chunk_largest, slot, like))
-                _rest_of_one_group(chunk_largest, slot, chunk_rest, rest_low, chunk_ties, slot, rest, row)
+                _rest_of_one_group(chunk_largest, slot, chunk_rest, rest_low, chunk_ties, slot, rest, lost, row)
                 for i in range(0, n_lanes, lanes(0.0)):
                     store(moment, row + i, load(chunk_moment, slot + i, 0.0))
                     store(mass, row + i, load(chunk_mass, slot + i, 0.0))
                 continue
             for i in range(max(0, slot - row), n_lanes):
                 at = slot + i
-                whole = whole_rest(chunk_largest[at], chunk_rest[at], rest_low[at], chunk_ties[at], base[at], older[at])
-                largest[row + i], rest[row + i], moment[row + i], mass[row + i] = merge(
-                    largest[row + i], rest[row + i], moment[row + i], mass[row + i],
-                    chunk_largest[at], whole, chunk_moment[at], chunk_mass[at],
+                whole, low = whole_rest(
+                    chunk_largest[at], chunk_rest[at], rest_low[at], chunk_ties[at], base[at], older[at], older_low[at]
+                )
+                largest[row + i], rest[row + i], lost[row + i], moment[row + i], mass[row + i] = merge(
+                    largest[row + i], rest[row + i], lost[row + i], moment[row + i], mass[row + i],
+                    chunk_largest[at], whole, low, chunk_moment[at], chunk_mass[at],
                 )  # fmt: skip
 
 
@@ -1054,21 +1068,23 @@ def _complete_lanes(sums, lows, held, slot, width, shifts, largest, is_last):
 
 
 @inline
-def _raise_shifts(shifts, found, slot, chunk_rest, rest_low, base, older):
+def _raise_shifts(shifts, found, slot, chunk_rest, rest_low, base, older, older_low):
     """Close the segment of each row of a vector that has a class too far above its shift; see
     :func:`fastloss._kernels.rows.close_segment`.
     """
     for i in range(slot, slot + lanes(shifts[0])):
         if found[i] > shifts[i] + scalar(SLACK, shifts[0]):
             if shifts[i] > -np.inf:
-                base[i], older[i] = close_segment(shifts[i], chunk_rest[i], rest_low[i], 0.0, base[i], older[i])
+                base[i], older[i], older_low[i] = close_segment(
+                    shifts[i], chunk_rest[i], rest_low[i], 0.0, base[i], older[i], older_low[i]
+                )
                 chunk_rest[i] = 0.0
                 rest_low[i] = 0.0
             shifts[i] = found[i]
 
 
 @inline
-def _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scratch):
+def _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, lost, scratch):
     """:func:`_max_shift_classes` of the logits alone of rows of several groups; see
     :func:`fastloss._kernels.rows._many_classes_row`.
 
@@ -1080,18 +1096,20 @@ def _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scr
     stride, width = tiles.class_stride(geometry, tiles.INPUT), tiles.scratch_width(geometry)
     sums, lows, held, next_held = scratch.sums[0], scratch.sums[1], scratch.sums[2], scratch.sums[3]
     base, shifts, found = scratch.narrow[2], scratch.narrow[3], scratch.narrow[4]
-    chunk_rest, rest_low, older = scratch.wide[0], scratch.wide[1], scratch.wide[2]
+    chunk_rest, rest_low, older, older_low = scratch.wide[0], scratch.wide[1], scratch.wide[2], scratch.wide[3]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     source, step = x if direct else scratch.stage, stride if direct else width
     for i in range(n):
         largest[i] = -np.inf
         rest[i] = 0.0
+        lost[i] = 0.0
     for chunk in range(begin, end, CHUNK):
         chunk_end = min(chunk + CHUNK, end)
         for slot in range(n_slots):
             base[slot] = -np.inf
             older[slot] = 0.0
+            older_low[slot] = 0.0
             chunk_rest[slot] = 0.0
             rest_low[slot] = 0.0
         for i in range(0, n_lanes * width, n_lanes):
@@ -1108,7 +1126,7 @@ def _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scr
                 block_largest = _largest_held(next_held, slot, width, like)
                 if any_lane(block_largest > load(shifts, slot, like) + splat(scalar(SLACK, like))):
                     store(found, slot, block_largest)
-                    _raise_shifts(shifts, found, slot, chunk_rest, rest_low, base, older)
+                    _raise_shifts(shifts, found, slot, chunk_rest, rest_low, base, older, older_low)
                     _sum_many_classes(
                         source, at, step, n, slot, slot + n_lanes, high - low, width, shifts,
                         held, next_held, sums, lows,
@@ -1123,24 +1141,25 @@ def _many_classes(x, geometry, start, offsets, n, begin, end, largest, rest, scr
             store(found, slot, _largest_held(held, slot, width, like))
             for i in range(max(0, slot - row), min(n_lanes, n - row)):
                 at = slot + i
-                whole = rest_of_chunk(
+                whole, low = rest_of_chunk(
                     x, offsets[row + i], stride, chunk, chunk_end, found[at], shifts[at],
-                    chunk_rest[at], rest_low[at], base[at], older[at],
+                    chunk_rest[at], rest_low[at], base[at], older[at], older_low[at],
                 )  # fmt: skip
                 if chunk > begin:
-                    found[at], whole, _, _ = merge(
-                        largest[row + i], rest[row + i], 0.0, 0.0, found[at], whole, 0.0, 0.0
+                    found[at], whole, low, _, _ = merge(
+                        largest[row + i], rest[row + i], lost[row + i], 0.0, 0.0, found[at], whole, low, 0.0, 0.0
                     )
                 largest[row + i] = found[at]
                 rest[row + i] = whole
+                lost[row + i] = low
 
 
 # ------------------------------------------------------------------------------------------------------- outputs
 
 
 @inline
-def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shifts, scales, is_log, scratch):
-    """Write exp(x - shift) * scale, or x - shift - scale, for the classes ``begin .. end`` of each row of a tile."""
+def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shifts, scales, lows, is_log, scratch):
+    """Write :func:`fastloss._kernels.rows.entry` of the classes ``begin .. end`` of each row of a tile."""
     stage, out_stage = scratch.stage, scratch.out_stage
     like = shifts[0]
     n_lanes = lanes(like)
@@ -1161,7 +1180,8 @@ def write_tile(x, geometry, start, offsets, n, begin, end, out, out_offsets, shi
             sink_at = out_offsets[0] + c * out_stride if out_direct else (c - low) * width
             for slot in range(0, n_slots, n_lanes):
                 row = row_of(slot, n, n_lanes)
-                v, shift, scale = load(source, at + row, like), load(shifts, row, like), load(scales, row, like)
-                store(sink, sink_at + row, entry(v, shift, scale, is_log))
+                v, shift = load(source, at + row, like), load(shifts, row, like)
+                scale, scale_low = load(scales, row, like), load(lows, row, like)
+                store(sink, sink_at + row, entry(v, shift, scale, scale_low, is_log))
         if not out_direct:
             unstage_classes(out_stage, out, out_offsets, n, out_stride, low, high, width, like)

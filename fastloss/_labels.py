@@ -5,7 +5,6 @@ is an index into them. The errors and the warning are those of scikit-learn, dow
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -259,20 +258,20 @@ def _family(labels: Array) -> str:
 
 
 def _places(labels: Array, classes: Array) -> Array:
-    """Where each label stands among the sorted classes, -1 if it is none of them."""
-    if _family(labels) != _family(classes):
+    """Where each of some distinct labels stands among the sorted classes, -1 if it is none of them."""
+    family = _family(labels)
+    if family != _family(classes):
         return np.full(len(labels), -1, np.int32)
-    if _family(labels) == "text":
-        known = {label: place for place, label in enumerate(classes.tolist())}
-        return np.array([known.get(label, -1) for label in labels.tolist()], np.int32)
-    places = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
-    return np.where(classes[places] == labels, places, -1).astype(np.int32)
+    if family in ("M", "m"):  # of different units, perhaps
+        places = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+        return np.where(classes[places] == labels, places, -1).astype(np.int32)
+    # As Python's numbers and strings: NumPy compares int64 with uint64 in float64.
+    known = {label: place for place, label in enumerate(classes.tolist())}
+    return np.array([known.get(label, -1) for label in labels.tolist()], np.int32)
 
 
-def as_classes(labels: Any, must_be_sorted: bool, stacklevel: int = 4) -> Array:
-    """The classes that the argument ``labels`` lists; unsorted ones are sorted, with a warning (by default at the line
-    that called the public function that calls :func:`as_target`).
-    """
+def as_classes(labels: Any, must_be_sorted: bool) -> Array:
+    """The classes that the argument ``labels`` lists; unsorted ones are sorted, with a warning."""
     array = as_labels(labels, "labels")
     if array.ndim != 1:
         raise ParameterError(f"labels: got shape {array.shape}, expected (n_classes,): a list of the classes")
@@ -286,12 +285,10 @@ def as_classes(labels: Any, must_be_sorted: bool, stacklevel: int = 4) -> Array:
     if (codes != np.arange(len(codes))).any():
         if must_be_sorted:
             raise ValueError(f"Parameter 'labels' must be ordered: got {labels}, expected {classes.tolist()}.")
-        warnings.warn(
+        _validation.warn(
             f"Labels passed were {labels}. But this function assumes labels are ordered lexicographically. "
             f"Pass the ordered labels={classes.tolist()} and ensure that the columns of y_prob correspond to this "
-            "ordering.",
-            UserWarning,
-            stacklevel=stacklevel,
+            "ordering."
         )
     return classes
 

@@ -1,13 +1,12 @@
-"""none, mean, sum and batchmean: which one is meant, and what a mean divides by."""
+"""none, mean, sum and batchmean: which one is meant; exact sums, and the division of a mean."""
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 
 from fastloss import _forks
-from fastloss._validation import Array, check_reduction
+from fastloss._validation import Array, check_reduction, warn
 
 REDUCTIONS = ("none", "mean", "sum")
 KL_REDUCTIONS = ("none", "batchmean", "mean", "sum")
@@ -21,18 +20,13 @@ def resolve(
     size_average: Any = None,
     reduce: Any = None,
     allowed: tuple[str, ...] = REDUCTIONS,
-    stacklevel: int = 3,
 ) -> str:
     """The reduction meant: ``size_average`` and ``reduce``, where either is given, override it as in PyTorch."""
     if size_average is not None or reduce is not None:
         averaged = size_average is None or bool(size_average)
         reduced = reduce is None or bool(reduce)
         reduction = "none" if not reduced else ("mean" if averaged else "sum")
-        warnings.warn(
-            f"size_average and reduce are deprecated, use reduction={reduction!r} instead",
-            UserWarning,
-            stacklevel=stacklevel,
-        )
+        warn(f"size_average and reduce are deprecated, use reduction={reduction!r} instead")
     return check_reduction(reduction, allowed)
 
 

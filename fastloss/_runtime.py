@@ -150,6 +150,9 @@ def run(kernel: "Kernel", n_elements: int, n_tasks: int, *args: Any) -> Any:
         _leave()
 
 
+# Whether the form of a kernel that a call does not run, serial or parallel, is compiled as well: to warm up.
+compiles_both_forms = False
+
 # What a kernel gets whose sums are not to be kept from call to call.
 NO_LEDGER = np.zeros(0, np.int64)
 
@@ -229,6 +232,8 @@ def _run_cut(
     n_workers = _enter(n_elements, int(geometry[N_TILES]))
     try:
         entry = kernel.entry(n_workers > 1, *dtypes)
+        if compiles_both_forms:
+            kernel.entry(n_workers == 1, *dtypes)
         return entry(n_workers, ledger, *memory, geometry, *factors)
     finally:
         if n_workers > 1:

@@ -1,4 +1,4 @@
-"""Every check of the public functions, and every exception they raise. What comes back is canonical.
+"""Every check of the losses' arguments, and every exception they raise. What comes back is canonical.
 
 A message says which argument is wrong, what came, and what was expected. All checks but one precede the computation;
 the exception is a target out of range, which the kernels find while they read the targets: :func:`check_targets`.
@@ -6,7 +6,11 @@ the exception is a target out of range, which the kernels find while they read t
 
 import math
 import operator
+import pickle
+import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,6 +28,24 @@ _SEQUENCES = (list, tuple, range)
 _CUT_NUMBERS = 1 << 17
 # What NumPy makes of Python's numbers, each of which holds the ones before it.
 _PYTHON_DTYPES = (np.dtype(np.bool_), np.dtype(np.int64), np.dtype(np.float64))
+
+
+_PACKAGE = str(Path(__file__).parent)
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called into this package, however deep inside it the cause was found."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def option_key(value: Any) -> Any:
+    """The value of an option, for comparison: an array's dtype (but how it holds text), shape and contents."""
+    if not isinstance(value, np.ndarray):
+        return value
+    return "text" if value.dtype.kind in "UOT" else value.dtype.str, value.shape, pickle.dumps(value.tolist())
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -165,6 +187,12 @@ def class_weight(weight: Any, n_classes: int | None = None) -> Array | None:
     return array
 
 
+def held_weight(weight: Any) -> Array | None:
+    """:func:`class_weight` for an object to hold: a copy, which nobody else changes."""
+    array = class_weight(weight)
+    return None if array is None else array.copy()
+
+
 def check_integer(value: Any, name: str) -> int:
     try:
         return operator.index(value)
@@ -178,6 +206,8 @@ def check_ignore_index(ignore_index: Any) -> int:
 
 def check_label_smoothing(label_smoothing: Any) -> float:
     try:
+        if isinstance(label_smoothing, (str, bytes, bytearray)):  # float would read them
+            raise TypeError
         value = float(label_smoothing)
     except (TypeError, ValueError):
         raise TypeError(f"label_smoothing: got {label_smoothing!r}, expected a number in [0, 1]") from None

@@ -1,9 +1,9 @@
 """``python -m fastloss warmup``: compile ahead what a deployment is going to call.
 
-What is compiled: every function of the package (``cross_entropy`` with indices, with label smoothing and with
+What is compiled: the functions of PyTorch (``cross_entropy`` with indices, with label smoothing and with
 probabilities, ``nll_loss``, ``kl_div``, ``softmax``, ``log_softmax``, ``logsumexp``) for float32, and for other dtypes
 if asked, for contiguous classes and for the strided or few ones, serially and in parallel, and for long rows of
-contiguous classes, which threads share.
+contiguous classes, which threads share; whatever threads the machine has that compiles.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from fastloss import _forks
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-_ALWAYS_SERIAL = 1 << 62  # elements: no call has as many
+# No call has as many elements, so each runs serially; every row that can be shared is.
+_SETTINGS = {"compiles_both_forms": True, "PARALLEL_THRESHOLD": 1 << 62, "SPLIT_THRESHOLD": 0, "LARGE_TILE": 0}
 
 # Rows and classes: contiguous classes, and few, with rows enough for several tiles, that is for threads; one long row.
 _SHAPES = {
@@ -53,20 +54,20 @@ def calls(dtype: str) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def compile_all(dtypes: Sequence[str], show_progress: bool) -> int:
-    """Make every call serially and in parallel; how many kernels the cache then holds."""
+    """Make every call, and compile what it would run with threads; how many kernels the cache then holds."""
     runtime = _forks.runtime()
     work = [item for dtype in dtypes for item in calls(dtype)]
-    bar = _Bar(2 * len(work), show_progress)
-    threshold = runtime.PARALLEL_THRESHOLD
+    bar = _Bar(len(work), show_progress)
+    before = {name: getattr(runtime, name) for name in _SETTINGS}
+    vars(runtime).update(_SETTINGS)
     try:
         for name, call in work:
-            for runtime.PARALLEL_THRESHOLD in (_ALWAYS_SERIAL, 0):
-                bar.step(name)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    call()
+            bar.step(name)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                call()
     finally:
-        runtime.PARALLEL_THRESHOLD = threshold
+        vars(runtime).update(before)
         bar.close()
     from fastloss import _cache
 
@@ -82,7 +83,7 @@ class _Bar:
         if is_shown:
             with contextlib.suppress(ImportError):
                 # By name, since tqdm is no dependency and has no types.
-                self.bar = importlib.import_module("tqdm").tqdm(total=total, unit="kernel", leave=False)
+                self.bar = importlib.import_module("tqdm").tqdm(total=total, unit="call", leave=False)
 
     def step(self, name: str) -> None:
         if self.bar is not None:

@@ -199,9 +199,9 @@ def _add_warmup(commands: Any) -> None:
     parser = commands.add_parser(
         "warmup",
         help="compile ahead of the first call",
-        description="Compile every function of fastloss, for contiguous and for strided or few classes, serially and "
-        "in parallel, into the cache that `fastloss info` names: for a container image or a deployment. What is "
-        "there already is not compiled again.",
+        description="Compile the losses, softmax and logsumexp, for contiguous and for strided or few classes, "
+        "serially and in parallel, into the cache that `fastloss info` names: for a container image or a deployment. "
+        "What is there already is not compiled again.",
     )
     parser.add_argument(
         "--dtype",

@@ -8,11 +8,11 @@ of the classes, which is rechunked.
 dask is imported by this module, which nothing else of fastloss imports.
 """
 
+import copy
 import functools
 import math
 import operator
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -176,7 +176,7 @@ def kl_div(
     is_deprecated = size_average is not None or reduce is not None
     reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
     if reduction == "mean" and not is_deprecated:
-        warnings.warn(functional.MEAN_IS_NOT_THE_DIVERGENCE, UserWarning, stacklevel=2)
+        _validation.warn(functional.MEAN_IS_NOT_THE_DIVERGENCE)
     x, y = _as_dask(input, "input"), _as_dask(target, "target")
     _validation.as_real(_like(x), "input")
     _validation.as_real(_like(y), "target")
@@ -406,17 +406,8 @@ def _finish_one(states: Array, finish: Callable[[streaming.State], Any]) -> Any:
 # ------------------------------------------------------------------------------------------------------------ blocks
 
 
-def _updated(stream: Any, *arguments: Any) -> streaming.State:
-    """The state of a stream like this one, after one chunk: the stream itself is shared by all tasks of a process."""
-    fresh = object.__new__(type(stream))
-    fresh.__dict__.update(stream.__dict__)
-    state: streaming.State = fresh.reset().update(*arguments)._state
-    return state
-
-
 def _finish(stream: Any, state: streaming.State) -> Any:
-    fresh = object.__new__(type(stream))
-    fresh.__dict__.update(stream.__dict__)
+    fresh = copy.copy(stream)  # the stream itself is shared by all tasks of a process
     fresh._state = state
     return np.float64(result) if type(result := fresh.compute()) is float else result
 
@@ -434,7 +425,7 @@ def _place_first(error: IndexError, starts: tuple[Array, ...]) -> IndexError:
 
 def _target_block(x: Any, t: Any, *starts: Array, stream: _Stream) -> Array:
     try:
-        state = _updated(stream, _whole(x), _whole(t))
+        state = copy.copy(stream).reset().update(_whole(x), _whole(t))._state
     except IndexError as error:
         raise _place_first(error, starts) from None
     return _boxed(state, len(starts))
@@ -453,8 +444,7 @@ def _rows_block(x: Any, t: Any, *starts: Array, stream: _Stream) -> Any:
 
 def _log_loss_block(*blocks: Any, stream: streaming.LogLoss) -> Array:
     proba, y, *weights = map(_whole, blocks)
-    with streaming._named(target="y_true", input="y_proba"):
-        return _boxed(_updated(stream, proba, y, *weights), 1)
+    return _boxed(copy.copy(stream).reset()._update(y, proba, *weights or [None])._state, 1)
 
 
 def _kl_block(x: Array, y: Array, log_target: bool) -> Array:

@@ -7,7 +7,6 @@ the first result is asked for: ``import fastloss`` alone does not import Numba.
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -312,7 +311,7 @@ def kl_div(
             return value
     reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
     if reduction == "mean" and not is_deprecated:
-        warnings.warn(MEAN_IS_NOT_THE_DIVERGENCE, UserWarning, stacklevel=2)
+        _validation.warn(MEAN_IS_NOT_THE_DIVERGENCE)
     log_probabilities = _validation.as_real(input, "input")
     goal = _validation.as_real(target, "target")
     shape = _validation.broadcast_shape(log_probabilities, goal)

@@ -6,7 +6,6 @@ As in :mod:`fastloss.functional` a call is checked, viewed, run and reduced; the
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -182,7 +181,7 @@ def _kl_div(
     is_deprecated = size_average is not None or reduce is not None
     reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.KL_REDUCTIONS)
     if reduction == "mean" and not is_deprecated:
-        warnings.warn(functional.MEAN_IS_NOT_THE_DIVERGENCE, UserWarning, stacklevel=2)
+        _validation.warn(functional.MEAN_IS_NOT_THE_DIVERGENCE)
     x = _validation.as_real(input, "input")
     y = _validation.as_real(target, "target")
     shape = _validation.broadcast_shape(x, y)

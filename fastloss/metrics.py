@@ -9,7 +9,6 @@ The checks of labels are in :mod:`fastloss._labels`, the arithmetic in :mod:`fas
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -113,10 +112,9 @@ def log_loss(
     if not (isinstance(y_pred, str) and y_pred == "deprecated"):
         if y_proba is not None:
             raise ValueError("Cannot use both `y_pred` and `y_proba`. `y_pred` is deprecated, use `y_proba` instead.")
-        warnings.warn(
+        _validation.warn(
             "`y_pred` was renamed to `y_proba` in version 1.9 and will be removed in 1.11. Use `y_proba` instead.",
             FutureWarning,
-            stacklevel=2,
         )
         y_proba = y_pred
     _check_flag(normalize, "normalize")
@@ -393,11 +391,9 @@ def top_k_accuracy_from_logits(
         raise ParameterError(f"y_true: got shape {y.shape}, expected one label per row, binary or multiclass")
     target = _labels.as_target(y, labels, n_classes, "logits", must_be_sorted=True)
     if k >= n_classes:
-        warnings.warn(
+        _validation.warn(
             f"'k' ({k}) greater than or equal to 'n_classes' ({n_classes}) will result in a perfect score and is "
-            "therefore meaningless.",
-            UserWarning,
-            stacklevel=2,
+            "therefore meaningless."
         )
     total, weight_sum, invalid, _ = _run(top_k, _new_totals(), scores, target.codes, weights, (float(k), 0.0))
     _check_logits(scores, invalid > 0)
@@ -796,9 +792,7 @@ def _add_log_loss(
     )
     _check_probabilities(proba, invalid > 0)
     if not_normalised:
-        warnings.warn(
-            "The y_prob values do not sum to one. Make sure to pass probabilities.", UserWarning, stacklevel=3
-        )
+        _validation.warn("The y_prob values do not sum to one. Make sure to pass probabilities.")
     if target.indicator is None:
         return total, weight_sum
     values = _indicator_values(

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from fastloss import _reduction, _validation, functional
@@ -25,11 +24,8 @@ class _Module:
         return hash((type(self), self._key()))
 
     def _key(self) -> tuple[Any, ...]:
-        """The options as values that compare and hash: arrays by dtype, shape and contents."""
-        return tuple(
-            (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else value
-            for value in vars(self).values()
-        )
+        """The options as values that compare and hash."""
+        return tuple(map(_validation.option_key, vars(self).values()))
 
 
 class CrossEntropyLoss(_Module):
@@ -71,7 +67,7 @@ class CrossEntropyLoss(_Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        self.weight = _validation.class_weight(weight)
+        self.weight = _validation.held_weight(weight)
         self.ignore_index = _validation.check_ignore_index(ignore_index)
         self.reduction = _reduction.resolve(reduction, size_average, reduce)
         self.label_smoothing = _validation.check_label_smoothing(label_smoothing)
@@ -124,7 +120,7 @@ class NLLLoss(_Module):
         reduce: bool | None = None,
         reduction: str = "mean",
     ) -> None:
-        self.weight = _validation.class_weight(weight)
+        self.weight = _validation.held_weight(weight)
         self.ignore_index = _validation.check_ignore_index(ignore_index)
         self.reduction = _reduction.resolve(reduction, size_average, reduce)
 

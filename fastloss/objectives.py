@@ -31,7 +31,7 @@ class _CrossEntropy(modules._Module):
     def __init__(
         self, weight: npt.ArrayLike | None = None, ignore_index: int = -100, label_smoothing: float = 0.0
     ) -> None:
-        self.weight = _validation.class_weight(weight)
+        self.weight = _validation.held_weight(weight)
         self.ignore_index = _validation.check_ignore_index(ignore_index)
         self.label_smoothing = _validation.check_label_smoothing(label_smoothing)
 
@@ -63,7 +63,7 @@ class _CrossEntropy(modules._Module):
         """Per row what a mean divides by, and what multiplies the Hessian p (1 - p) of -log(softmax)."""
         weights = np.ones(n_classes) if self.weight is None else self.weight.astype(np.float64)
         _validation.class_weight(weights, n_classes)
-        kept = labels != self.ignore_index
+        kept = _validation.is_kept(labels, self.ignore_index)
         inside = (labels >= 0) & (labels < n_classes)
         if not (inside | ~kept).all():
             _validation.target_out_of_range(labels, n_classes, self.ignore_index)
@@ -247,7 +247,7 @@ class LightGBMCrossEntropy(_CrossEntropy):
         if labels.ndim != 1:
             raise ValueError(f"y_true: got shape {labels.shape}, expected (n_samples,): one label per row")
         weights = _as_weights(sample_weight, labels.shape)
-        kept = labels != self.ignore_index
+        kept = _validation.is_kept(labels, self.ignore_index)
         labels = labels[kept]
         outside = (labels < 0) | (labels > _LIGHTGBM_LARGEST)
         if outside.any():

@@ -15,8 +15,7 @@ first one. A chunk that does not fit is refused, and the stream stays as it was.
 import contextlib
 import dataclasses
 import math
-import pickle
-import warnings
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Self
 
@@ -95,11 +94,8 @@ class _Stream:
         return f"<{type(self).__name__}({options}): {', '.join(f'{name} {value}' for name, value in found.items())}>"
 
     def _key(self) -> tuple[Any, ...]:
-        """The options as values that compare: arrays by dtype, shape and contents."""
-        values = (getattr(self, name) for name in self._options)
-        return tuple(
-            (v.dtype.str, v.shape, pickle.dumps(v.tolist())) if isinstance(v, np.ndarray) else v for v in values
-        )
+        """The options as values that compare."""
+        return tuple(_validation.option_key(getattr(self, name)) for name in self._options)
 
     def reset(self) -> Self:
         """Forget all chunks.
@@ -176,10 +172,9 @@ class _TargetStream(_Stream):
         self, weight: npt.ArrayLike | None, size_average: Any, ignore_index: Any, reduce: Any, reduction: Any
     ) -> None:
         super().__init__()
-        held = _validation.class_weight(weight)
-        self.weight = None if held is None else held.copy()
+        self.weight = _validation.held_weight(weight)
         self.ignore_index = _validation.check_ignore_index(ignore_index)
-        self.reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.STREAM_REDUCTIONS, stacklevel=4)
+        self.reduction = _reduction.resolve(reduction, size_average, reduce, _reduction.STREAM_REDUCTIONS)
 
     def update(self, input: npt.ArrayLike, target: npt.ArrayLike) -> Self:
         """Add the rows of a chunk.
@@ -454,7 +449,7 @@ class KLDivergence(_Stream):
             mean (NaN) of no rows, in float64.
         """
         if self.reduction == "mean" and not self._is_deprecated:
-            warnings.warn(functional.MEAN_IS_NOT_THE_DIVERGENCE, UserWarning, stacklevel=2)
+            _validation.warn(functional.MEAN_IS_NOT_THE_DIVERGENCE)
         state = self._state
         total = state.total()
         if self.reduction != "sum":
@@ -478,8 +473,8 @@ def _named(**names: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, IndexError) as error:
         message = str(error)
-        for name, ours in names.items():
-            message = message.replace(name, ours)
+        for name, ours in names.items():  # which the data, in quotation marks, may be called as well
+            message = re.sub(rf"(?<!['\"\w]){name}(?!['\"\w])", ours, message)
         raise type(error)(message) from None
 
 
@@ -539,7 +534,7 @@ class LogLoss(_MetricStream):
         super().__init__()
         metrics._check_flag(normalize, "normalize")
         self.normalize = bool(normalize)
-        self.labels = None if labels is None else _labels.as_classes(labels, must_be_sorted=False, stacklevel=3)
+        self.labels = None if labels is None else _labels.as_classes(labels, must_be_sorted=False)
 
     def update(self, input: npt.ArrayLike, target: npt.ArrayLike, sample_weight: npt.ArrayLike | None = None) -> Self:
         """Add the rows of a chunk.
@@ -561,16 +556,20 @@ class LogLoss(_MetricStream):
             As the function, and a ValueError for a chunk that does not fit those before. The stream stays as it was.
         """
         with _named(y_true="target", y_proba="input", y_prob="input"):
-            proba = metrics._as_scores(input, "y_proba", fewest_rows=0)
-            y, weights = metrics._check_rows(target, proba, sample_weight, weights_may_be_zero=True)
-            n_classes = metrics._n_classes(proba)
-            dtype = metrics._probability_dtype(input)
-            common = self._common(n_classes, sample_weight is not None, dtype.name)
-            totals = metrics._new_totals()
-            if len(proba):
-                listed = np.arange(n_classes) if self.labels is None and y.ndim == 1 else self.labels
-                codes = _labels.as_target(y, listed, n_classes, "y_prob")
-                metrics._add_log_loss(totals, proba, dtype, codes, weights)
+            return self._update(target, input, sample_weight)
+
+    def _update(self, y_true: npt.ArrayLike, y_proba: npt.ArrayLike, sample_weight: npt.ArrayLike | None) -> Self:
+        """:meth:`update`, whose errors name the arguments of :func:`fastloss.metrics.log_loss`."""
+        proba = metrics._as_scores(y_proba, "y_proba", fewest_rows=0)
+        y, weights = metrics._check_rows(y_true, proba, sample_weight, weights_may_be_zero=True)
+        n_classes = metrics._n_classes(proba)
+        dtype = metrics._probability_dtype(y_proba)
+        common = self._common(n_classes, sample_weight is not None, dtype.name)
+        totals = metrics._new_totals()
+        if len(proba):
+            listed = np.arange(n_classes) if self.labels is None and y.ndim == 1 else self.labels
+            codes = _labels.as_target(y, listed, n_classes, "y_prob")
+            metrics._add_log_loss(totals, proba, dtype, codes, weights)
         return self._add(common, len(proba), len(proba), totals, weights)
 
     def compute(self) -> float:

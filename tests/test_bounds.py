@@ -40,10 +40,22 @@ def main():
             return np.float64(simd.load_integer(data, i, wide))
         if what == 8:
             return np.float64(simd.tree_sum(simd.load_integers(integers, i, wide)))
+        if what == 9:
+            return np.float64(simd.load_target(data, i, 3))
+        if what == 10:
+            return np.float64(simd.tree_sum(simd.load_targets(integers, i, 3)))
+        if what == 11:
+            return np.float64(simd.tree_sum(simd.load_pairs(floats, i, one)[1]))
+        ones = simd.splat(one)
+        if what == 12:
+            simd.store_columns(floats, offsets, 0, i, ones, ones, ones, ones)
+        if what == 13:
+            simd.store_columns(floats, offsets, i, 0, ones, ones, ones, ones)
         return 0.0
 
-    # The last index that is inside: 16 lanes of 40 elements; one element; 4 columns; 8 bytes; 8 integers of 320 bytes.
-    for what, last in enumerate((24, 39, 24, 24, 24, 36, 24, 32, 256)):
+    # The last index that is inside: 16 lanes of 40 elements; one element; 4 columns; 8 bytes; 8 integers of 320 bytes;
+    # 16 pairs.
+    for what, last in enumerate((24, 39, 24, 24, 24, 36, 24, 32, 256, 32, 256, 8, 36, 24)):
         for i in (0, last):
             all_of(what, i, floats, integers, data, offsets)
         for i in (-1, last + 1):

@@ -319,7 +319,7 @@ class TestOptions:
             with pytest.raises(ValueError, match=message):
                 cross_entropy(X, target, label_smoothing=value)
 
-    @pytest.mark.parametrize("value", ["x", None, [0.1, 0.2], 1j])
+    @pytest.mark.parametrize("value", ["x", "0.1", b"0.1", None, [0.1, 0.2], 1j])
     def test_label_smoothing_that_is_no_number(self, value):
         with pytest.raises(TypeError, match=f"^label_smoothing: got {re.escape(repr(value))}, expected a number in"):
             cross_entropy(X, T, label_smoothing=value)

@@ -437,6 +437,9 @@ class TestEqualsScikitLearn:
             (np.array(["b", "a", "b"]), np.array(["a", "b"], object)),
             (pd.Series(["b", "a", "b"]), ["a", "b"]),
             (np.array([5, 3, 5], np.int8), np.array([3, 5])),
+            (np.array([1, 0, 1]) + 2**60, np.array([0, 1], np.uint64) + 2**60),
+            (np.array([1, 0, 1], np.uint64) + 2**63, [2**63, 2**63 + 1]),
+            (np.array([1, 0, 1]), [0.0, 1.0]),
         ],
     )
     def test_labels_of_another_dtype(self, y, labels):

@@ -99,6 +99,13 @@ class TestEveryClass:
 
 @pytest.mark.parametrize("cls", [CrossEntropyLoss, NLLLoss])
 class TestWeights:
+    def test_the_array_that_was_given_may_change(self, cls):
+        weight = WEIGHT.copy()
+        loss = cls(weight)
+        before = hash(loss), repr(loss), loss(X, T)
+        weight *= 3
+        assert (hash(loss), repr(loss), loss(X, T)) == before
+
     def test_each_part_of_an_array_counts(self, cls):
         weights = [None, WEIGHT, WEIGHT * 2, WEIGHT.astype(np.float32), WEIGHT[:2]]
         losses = [cls(weight) for weight in weights]
@@ -160,5 +167,6 @@ class TestTheDeprecatedPair:
 
 def test_kl_mean_warns_when_it_is_called():
     loss = KLDivLoss()
-    with pytest.warns(UserWarning, match="batchmean"):
+    with pytest.warns(UserWarning, match="batchmean") as record:
         loss(X, Y)
+    assert record[0].filename == __file__

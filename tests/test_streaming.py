@@ -332,6 +332,15 @@ class TestRefused:
         assert stream._state == state
         same(stream.compute(), make().update(*first).compute())
 
+    def test_labels_of_other_dtypes(self):
+        """Text has one meaning, however it is held; a label may be called as an argument is."""
+        chunk, stream = ([[0.4, 0.6]], ["y_true"]), LogLoss(labels=["x", "y_true"])
+        for labels in (np.array(["x", "y_true"]), np.array(["x", "y_true"], "<U20"), np.array(["x", "y_true"], object)):
+            same(LogLoss(labels=labels).update(*chunk).merge_state(stream.update(*chunk)).compute(), -math.log(0.6))
+            stream.reset()
+        with pytest.raises(ValueError, match=r"^target contains values \{'y_prob'\} not .* labels \['x' 'y_true'\]"):
+            stream.update([[0.4, 0.6]], ["y_prob"])
+
     def test_streams_that_do_not_fit(self):
         stream = CrossEntropy().update([[0.0, 1.0]], [0])
         before = repr(stream)

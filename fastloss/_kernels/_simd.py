@@ -408,6 +408,26 @@ def prefetch_l2(typingctx, array, index, distance):
     return types.void(array, types.int64, types.int64), _make_prefetch(2)
 
 
+def _transpose_fours(builder, a, b, c, d):
+    """Transpose the 4 x 4 block that each group of four lanes of four vectors is; the way back is the same."""
+    count = a.type.count
+    index = ir.VectorType(ir.IntType(32), count)
+
+    def pick(a, b, pattern):
+        """In each group of four lanes the given elements of that group of a (0 to 3) and b (4 to 7)."""
+        lanes_ = [4 * g + i if i < 4 else count + 4 * g + i - 4 for g in range(count // 4) for i in pattern]
+        return builder.shuffle_vector(a, b, ir.Constant(index, lanes_))
+
+    ab_low, cd_low = pick(a, b, (0, 4, 1, 5)), pick(c, d, (0, 4, 1, 5))
+    ab_high, cd_high = pick(a, b, (2, 6, 3, 7)), pick(c, d, (2, 6, 3, 7))
+    return [
+        pick(ab_low, cd_low, (0, 1, 4, 5)),
+        pick(ab_low, cd_low, (2, 3, 6, 7)),
+        pick(ab_high, cd_high, (0, 1, 4, 5)),
+        pick(ab_high, cd_high, (2, 3, 6, 7)),
+    ]
+
+
 @intrinsic
 def load_columns(typingctx, array, offsets, first, column, like):
     """Four vectors, the elements ``column .. column + 4`` of ``lanes(like)`` rows that begin at ``offsets[first:]``.
@@ -423,13 +443,9 @@ def load_columns(typingctx, array, offsets, first, column, like):
         first_offset = builder.bitcast(
             _element_pointer(context, builder, offsets, args[1], args[2], count), ir.IntType(64).as_pointer()
         )
-        index = ir.VectorType(ir.IntType(32), count)
-
-        def constant(i):
-            return ir.Constant(ir.IntType(64), i)
 
         def row(i):
-            at = builder.load(builder.gep(first_offset, [constant(i)], inbounds=True))
+            at = builder.load(builder.gep(first_offset, [ir.Constant(ir.IntType(64), i)], inbounds=True))
             pointer = _element_pointer(context, builder, array, args[0], builder.add(at, args[3]), 4)
             return builder.load(pointer, align=array.dtype.bitwidth // 8)
 
@@ -440,21 +456,8 @@ def load_columns(typingctx, array, offsets, first, column, like):
                 parts = [builder.shuffle_vector(a, b, both) for a, b in zip(parts[::2], parts[1::2], strict=True)]
             return parts[0]
 
-        def pick(a, b, pattern):
-            """In each group of four lanes the given elements of that group of a (0 to 3) and b (4 to 7)."""
-            lanes_ = [4 * g + i if i < 4 else count + 4 * g + i - 4 for g in groups for i in pattern]
-            return builder.shuffle_vector(a, b, ir.Constant(index, lanes_))
-
-        z = [join([row(4 * g + j) for g in groups]) for j in range(4)]
-        low_a, low_b = pick(z[0], z[1], (0, 4, 1, 5)), pick(z[2], z[3], (0, 4, 1, 5))
-        high_a, high_b = pick(z[0], z[1], (2, 6, 3, 7)), pick(z[2], z[3], (2, 6, 3, 7))
-        columns = [
-            pick(low_a, low_b, (0, 1, 4, 5)),
-            pick(low_a, low_b, (2, 3, 6, 7)),
-            pick(high_a, high_b, (0, 1, 4, 5)),
-            pick(high_a, high_b, (2, 3, 6, 7)),
-        ]
-        return cgutils.pack_array(builder, columns)
+        rows = [join([row(4 * g + j) for g in groups]) for j in range(4)]
+        return cgutils.pack_array(builder, _transpose_fours(builder, *rows))
 
     return types.UniTuple(vector, 4)(array, offsets, types.int64, types.int64, like), codegen
 
@@ -489,29 +492,16 @@ def store_columns(typingctx, array, offsets, first, column, a, b, c, d):
         raise TypeError(f"vectors of {a.dtype} do not go into an array of {array.dtype}")
 
     def codegen(context, builder, sig, args):
-        table, _ = data_and_length(context, builder, offsets, args[1])
+        first_offset = builder.bitcast(
+            _element_pointer(context, builder, offsets, args[1], args[2], count), ir.IntType(64).as_pointer()
+        )
         index = ir.VectorType(ir.IntType(32), 4)
-
-        def pick(a, b, pattern):
-            """In each group of four lanes the given elements of that group of a (0 to 3) and b (4 to 7)."""
-            lanes_ = [4 * g + i if i < 4 else count + 4 * g + i - 4 for g in range(count // 4) for i in pattern]
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), count), lanes_))
-
-        a, b, c, d = args[4:]
-        ab_low, ab_high = pick(a, b, (0, 4, 1, 5)), pick(a, b, (2, 6, 3, 7))
-        cd_low, cd_high = pick(c, d, (0, 4, 1, 5)), pick(c, d, (2, 6, 3, 7))
         # In group g, the four elements of row 4 g + j.
-        rows = [
-            pick(ab_low, cd_low, (0, 1, 4, 5)),
-            pick(ab_low, cd_low, (2, 3, 6, 7)),
-            pick(ab_high, cd_high, (0, 1, 4, 5)),
-            pick(ab_high, cd_high, (2, 3, 6, 7)),
-        ]
+        rows = _transpose_fours(builder, *args[4:])
         for i in range(count):
             group = ir.Constant(index, list(range(i // 4 * 4, i // 4 * 4 + 4)))
             four = builder.shuffle_vector(rows[i % 4], ir.Constant(rows[0].type, ir.Undefined), group)
-            row = builder.add(args[2], ir.Constant(ir.IntType(64), i))
-            at = builder.load(builder.gep(table, [row], inbounds=True))
+            at = builder.load(builder.gep(first_offset, [ir.Constant(ir.IntType(64), i)], inbounds=True))
             pointer = _element_pointer(context, builder, array, args[0], builder.add(at, args[3]), 4)
             builder.store(four, pointer, align=array.dtype.bitwidth // 8)
         return context.get_dummy_value()

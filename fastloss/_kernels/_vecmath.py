@@ -42,7 +42,7 @@ LOG1P_LIMIT = 2.0**126
 
 
 def _split(value, dtype):
-    """``value``, a float or an exact ``(high, low)`` pair of floats, as two numbers of ``dtype``."""
+    """``value``, an exact ``(high, low)`` pair of floats, as two numbers of ``dtype``."""
     high, low = value
     first = dtype(high)
     return first, dtype((high - float(first)) + low)
@@ -312,8 +312,9 @@ _LOG1P64 = (
     0.008056504588206965,
 )
 
-# exp's clamps. Below: -127.x * ln(2) and -1023.x * ln(2), where 2**n becomes 0; the normal numbers end before (at
-# -87.34 and -708.4). Above: past the largest exponent by less than one, so that n still fits its field.
+# exp's clamps. Below: -126.96 * ln(2) and -1022.87 * ln(2), where n is -127 and -1023, and so 2**n is 0; the normal
+# numbers end before (at -87.34 and -708.4). Above: past the largest exponent by less than one, so that n still fits its
+# field.
 _exps32 = _make_exp(np.float32, _EXP32, -88.0, 89.0)
 _exps64 = _make_exp(np.float64, _EXP64, -709.0, 710.0)
 _log1p32 = _make_log1p(np.float32, _LOG1P32)

@@ -1,4 +1,5 @@
-"""The one driver of the kernels: workers take tile after tile, each with scratch and a ledger of its own.
+"""The driver of the losses' kernels: workers take tile after tile, each with scratch and a ledger of its own. (Those of
+the metrics have the one of :mod:`fastloss._kernels.scores`.)
 
 A kernel is a tile function: it gets the number of a tile, the scratch and the ledger of its thread, and the arguments
 of the kernel. :func:`make_kernel` makes of it a :class:`TileKernel` with the arguments

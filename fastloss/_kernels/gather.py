@@ -75,7 +75,7 @@ def _nll_tile(tile, scratch, ledger, x, y, weight, out, geometry, keep, spread):
     if geometry[tiles.WANTS_CORRECT]:
         tiles.row_offsets(geometry, tiles.INPUT, start, n, offsets)
         ledger[CORRECT] += count_correct(x, geometry, offsets, n, targets, near, scratch.narrow[0], None)
-    deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, adds)
+    deliver(ledger, weight, out, geometry, start, n, scratch.places[1], targets, loss, adds)
 
 
 nll = make_kernel("nll", _nll_tile, light=ANY_NUMBER)

@@ -469,7 +469,7 @@ def _cross_entropy(tile_sums, kept_in, scale):
             store(narrow[INVERSE], i, load(loss, i, like))
         losses._finish_targets(x, geometry, offsets, n, targets, near, shifts, loss, scratch)
         losses.weigh(weight, geometry, n, targets, loss)
-        losses.deliver(ledger, y, weight, out, geometry, start, n, others, targets, loss, False)
+        losses.deliver(ledger, weight, out, geometry, start, n, others, targets, loss, False)
         _read_upstream(upstream, geometry, start, n, others, narrow[SCALE])
         tiles.row_offsets(geometry, GRADIENT, start, n, others)
         kept, kept_offsets, kept_stride = kept_in(geometry, n, gradient, others, scratch)

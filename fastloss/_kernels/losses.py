@@ -59,7 +59,7 @@ def weigh(weight, geometry, n, targets, loss):
 
 
 @subroutine
-def deliver(ledger, y, weight, out, geometry, start, n, offsets, targets, loss, is_added):
+def deliver(ledger, weight, out, geometry, start, n, offsets, targets, loss, is_added):
     """Write the losses of a tile, or add them (unless ``is_added``), and the weights of its ``targets``, if there are
     any, to the ledger.
     """
@@ -233,7 +233,7 @@ def _cross_entropy(tile_sums):
         if geometry[tiles.WANTS_CORRECT]:
             ledger[CORRECT] += count_correct(x, geometry, offsets, n, targets, scratch.near, shifts, loss)
         weigh(weight, geometry, n, targets, loss)
-        deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
+        deliver(ledger, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
 
     return do_tile
 
@@ -311,7 +311,7 @@ def _smoothed_cross_entropy(tile_sums):
             store(loss, i, where(has_target, value, splat(0.0)))
         if geometry[tiles.WANTS_CORRECT]:
             ledger[CORRECT] += count_correct(x, geometry, offsets, n, targets, scratch.near, largest, None)
-        deliver(ledger, y, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
+        deliver(ledger, weight, out, geometry, start, n, scratch.places[1], targets, loss, False)
 
     return do_tile
 
@@ -348,7 +348,7 @@ def _probabilities(tile_sums):
                     )
         for i in range(n):
             loss[i] = moment[i]
-        deliver(ledger, y, weight, out, geometry, start, n, offsets, offsets, loss, False)
+        deliver(ledger, weight, out, geometry, start, n, offsets, offsets, loss, False)
 
     return do_tile
 

@@ -747,24 +747,9 @@ def scaled_tile(x, geometry, start, offsets, n, out, out_offsets, scratch):
 
 @inline
 def max_shift_tile(
-    x,
-    geometry,
-    start,
-    offsets,
-    n,
-    y,
-    y_offsets,
-    weight,
-    keep,
-    spread,
-    exact,
-    largest,
-    rest,
-    lost,
-    moment,
-    mass,
+    x, geometry, start, offsets, n, y, y_offsets, weight, keep, spread, exact, largest, rest, lost, moment, mass,
     scratch,
-):
+):  # fmt: skip
     """Of each row, the maximum, the sum of exp(x - maximum) without the maximum's own 1, what its rounding has lost
     (not of few classes that are not ``exact``), the moment and the mass; see
     :func:`fastloss._kernels.rows._max_shift_row`.
@@ -795,26 +780,9 @@ def max_shift_pieces(
 
 @inline
 def _max_shift_classes(
-    x,
-    geometry,
-    start,
-    offsets,
-    n,
-    begin,
-    end,
-    y,
-    y_offsets,
-    weight,
-    keep,
-    spread,
-    exact,
-    largest,
-    rest,
-    lost,
-    moment,
-    mass,
-    scratch,
-):
+    x, geometry, start, offsets, n, begin, end, y, y_offsets, weight, keep, spread, exact, largest, rest, lost, moment,
+    mass, scratch,
+):  # fmt: skip
     """:func:`max_shift_tile` of the classes ``begin .. end``, whole chunks.
 
     Passes over memory: one, which finds the maxima of a group of classes and leaves a copy of it in the second-level

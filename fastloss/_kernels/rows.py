@@ -653,24 +653,9 @@ def target_tile(x, geometry, start, offsets, n, targets, shifts, rest, scratch, 
 
 @inline
 def max_shift_tile(
-    x,
-    geometry,
-    start,
-    offsets,
-    n,
-    y,
-    y_offsets,
-    weight,
-    keep,
-    spread,
-    exact,
-    largest,
-    rest,
-    lost,
-    moment,
-    mass,
+    x, geometry, start, offsets, n, y, y_offsets, weight, keep, spread, exact, largest, rest, lost, moment, mass,
     scratch,
-):
+):  # fmt: skip
     """:func:`_max_shift_row` of each row of a tile, whole."""
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     y_stride = tiles.class_stride(geometry, tiles.TARGET) if y is not None else stride
@@ -753,24 +738,9 @@ def max_shift_pieces(
 
 @inline
 def joined_max_shifts(
-    x,
-    geometry,
-    start,
-    offsets,
-    n,
-    y,
-    y_offsets,
-    weight,
-    keep,
-    spread,
-    exact,
-    largest,
-    rest,
-    lost,
-    moment,
-    mass,
+    x, geometry, start, offsets, n, y, y_offsets, weight, keep, spread, exact, largest, rest, lost, moment, mass,
     scratch,
-):
+):  # fmt: skip
     """:func:`max_shift_tile` from the records."""
     records, like = scratch.records, largest[0]
     for i in range(n):

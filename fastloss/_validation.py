@@ -9,7 +9,6 @@ import operator
 import pickle
 import sys
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -222,11 +221,21 @@ def check_reduction(reduction: Any, allowed: tuple[str, ...]) -> str:
     return reduction
 
 
-def one_spelling(value: Any, other: Any, name: str, other_name: str, unset: object) -> Any:
+class Unset:
+    """The default of an argument that was not given, which is shown as what it means."""
+
+    def __init__(self, meaning: str) -> None:
+        self._meaning = meaning
+
+    def __repr__(self) -> str:
+        return self._meaning
+
+
+def one_spelling(value: Any, other: Any, name: str, other_name: str) -> Any:
     """The value of an argument with two spellings: NumPy's ``name`` and PyTorch's ``other_name``."""
-    if other is unset:
+    if isinstance(other, Unset):
         return value
-    if value is not unset:
+    if not isinstance(value, Unset):
         raise TypeError(f"{other_name}: got both {name} and {other_name}, which are one argument; expected one of them")
     return other
 
@@ -259,7 +268,7 @@ def check_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """An axis, several, or None for all, as a sorted tuple."""
     if axis is None:
         return tuple(range(ndim))
-    if not isinstance(axis, Iterable):
+    if hasattr(axis, "__index__"):
         axes = [check_axis(axis, ndim)]
     elif isinstance(axis, tuple | list):
         axes = [check_axis(a, ndim) for a in axis]

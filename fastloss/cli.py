@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import fastloss
 from fastloss import _info, _warmup
-from fastloss.files import WEIGHT_MEMBERS, FileScores, ScoredRow, ScoreError, read_array, score_file
+from fastloss.files import WEIGHT_MEMBERS, FileScores, ScoredRow, ScoreError, read_array, score_file, split_member
 from fastloss.functional import _scalar
 
 __all__ = ["main"]
@@ -124,6 +124,9 @@ def _score_command(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     if arguments.log_probs and arguments.label_smoothing:
         raise CommandError("--label-smoothing: not with --log-probs, which takes the target's log-probability alone")
+    written = [os.path.realpath(path) for path in (arguments.output, arguments.resume) if path is not None]
+    if arguments.weight is not None and os.path.realpath(split_member(arguments.weight)[0]) in written:
+        raise CommandError(f"{arguments.weight}: is read by this run, expected another file for --output or --resume")
     try:
         scores = score_file(
             str(SAMPLE) if arguments.logits is None else arguments.logits,
@@ -218,8 +221,8 @@ def _warmup_command(arguments: argparse.Namespace) -> None:
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     try:
         n_kernels = _warmup.compile_all(arguments.dtypes or ["float32"], is_terminal)
-    except ImportError as error:
-        raise CommandError(str(error)) from None
+    except ImportError:
+        raise CommandError("--dtype bfloat16: expected the package ml_dtypes, which is not installed") from None
     if not n_kernels:
         raise CommandError("the cache takes no files: `fastloss info` names its place, FASTLOSS_CACHE_DIR sets it")
     print(f"{n_kernels} kernels in the cache")
@@ -243,19 +246,21 @@ def _add_score(commands: Any) -> None:
         description="Score predictions against targets: cross-entropy, perplexity, accuracy and the worst rows. "
         "Without LOGITS, score a sample that comes with fastloss.",
         epilog="""\
-A file is .npy, which is memory-mapped and read in chunks, or .npz, which is read into memory. Of an .npz with several
-members FILE.npz:NAME takes one; members named logits, targets (or labels) and weight are found by themselves.
+A file is .npy, which is memory-mapped and read in chunks, or .npz, which is read into memory, or, with pyarrow, Parquet
+or Arrow (.arrow, .feather), whose columns are read into memory. Of several members or columns FILE.npz:NAME and
+FILE.parquet:NAME take one; those named logits, targets (or labels) and weight are found by themselves.
 
-Directories, and patterns (quoted), stand for shards: files that follow one another in the order of their names. Those
-of LOGITS and TARGETS are paired by name: patterns by what the wildcards stand for, directories by the name without
-suffix.
+Directories, and patterns (quoted), stand for shards: files that follow one another in the order of their names, in
+which numbers count by their value (9 before 10). Those of LOGITS and TARGETS are paired by name: patterns by what the
+wildcards stand for, directories by the name without suffix.
 
 With --resume the state of the run is saved every few seconds, at the end, and when something fails, and a run with the
 same files and options goes on from there, even after kill -9.
 
 With --json the report is one JSON object, in which NaN and infinities are the strings "NaN", "Infinity", "-Infinity".
 
-The exit status is 0, 2 after an error, which standard error tells in one line, or 130 after Ctrl-C.
+The exit status is 0, 2 after an error, which standard error tells in one line, 130 after Ctrl-C, or 141 where nobody
+reads the output.
 
 examples:
   fastloss score

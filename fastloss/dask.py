@@ -16,9 +16,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import dask.array as da
 import numpy as np
 import numpy.typing as npt
+
+try:
+    import dask.array as da
+except ImportError as error:
+    raise ImportError("fastloss.dask: dask is not installed (the extra dask)") from error
 
 from fastloss import _labels, _reduction, _validation, _views, functional, metrics, streaming
 from fastloss._validation import Array
@@ -260,9 +264,9 @@ def log_loss(
             )
     proba = proba.rechunk({1: -1}) if proba.ndim > 1 else proba
     pairs = [(proba, (0, 1)[: proba.ndim])]
-    for _, array in rows:
+    for name, array in rows:
         array = array.rechunk({1: -1}) if array.ndim > 1 else array
-        pairs.append((_cut_alike(array, {0: proba.chunks[0]}), (0, 2)[: array.ndim]))
+        pairs.append((_cut_alike(array, {0: proba.chunks[0]}, name), (0, 2)[: array.ndim]))
     states = _states(_log_loss_block, (0,), pairs, {"stream": stream})
     return _merged(states, functools.partial(_finish, stream), np.dtype(np.float64))
 
@@ -291,9 +295,15 @@ def _differ(a: float, b: float) -> bool:
     return a != b and not (math.isnan(a) or math.isnan(b))
 
 
-def _cut_alike(array: Any, chunks: dict[int, tuple[float, ...]]) -> Any:
-    """The array with these chunks, unless they are not known."""
+def _cut_alike(array: Any, chunks: dict[int, tuple[float, ...]], name: str) -> Any:
+    """The array with these chunks, unless they are not known, where it must have as many."""
     known = {axis: c for axis, c in chunks.items() if not any(map(math.isnan, (*c, *array.chunks[axis])))}
+    for axis, expected in chunks.items():
+        if axis not in known and len(array.chunks[axis]) != len(expected):
+            raise ValueError(
+                f"{name}: got {len(array.chunks[axis])} chunks along axis {axis}, expected {len(expected)}, as the "
+                "scores have, since the sizes of some are not known; compute_chunk_sizes() finds them"
+            )
     return array.rechunk(known) if any(array.chunks[axis] != c for axis, c in known.items()) else array
 
 
@@ -322,10 +332,10 @@ def _target_loss(stream: _Stream, input: Any, target: Any, is_rows: bool) -> Any
     axes = tuple(range(x.ndim))
     rows = _views.without(axes, axis)
     if has_probabilities:
-        t = _cut_alike(t.rechunk({axis: -1}), {a: x.chunks[a] for a in rows})
+        t = _cut_alike(t.rechunk({axis: -1}), {a: x.chunks[a] for a in rows}, "target")
         t_axes = axes
     else:
-        t = _cut_alike(t, {i: x.chunks[a] for i, a in enumerate(rows)})
+        t = _cut_alike(t, {i: x.chunks[a] for i, a in enumerate(rows)}, "target")
         t_axes = rows
     pairs = [(x, axes), (t, t_axes), *((_starts(x.chunks[a]), (a,)) for a in rows)]
     if is_rows:

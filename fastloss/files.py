@@ -23,7 +23,7 @@ import stat
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -128,7 +128,7 @@ def read_array(name: str, members: Sequence[str], beside_logits: bool = False, m
         elif magic.startswith((b"ARROW1", b"PAR1")):
             array = _read_column(path, magic.startswith(b"PAR1"), member, members, beside_logits, max_memory)
         else:
-            raise ScoreError(f"{path}: neither a .npy nor a .npz file")
+            raise ScoreError(f"{path}: neither a .npy nor a .npz file, nor Parquet or Arrow")
     if not isinstance(array, np.ndarray):
         raise ScoreError(f"{name}: not an array")
     if array.dtype == np.dtype("V2"):
@@ -210,7 +210,9 @@ def _read_column(
         arrow = importlib.import_module("pyarrow")
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise ScoreError(f"{path}: Parquet and Arrow files are read by pyarrow, which is not installed") from None
+        raise ScoreError(
+            f"{path}: Parquet and Arrow files are read by pyarrow, which is not installed (the extra arrow)"
+        ) from None
     source = parquet.ParquetFile(path) if is_parquet else arrow.ipc.open_file(arrow.memory_map(str(path)))
     schema = source.schema_arrow if is_parquet else source.schema
     chosen = _choose_member(path, schema.names, member, members, beside_logits)
@@ -283,6 +285,25 @@ def _is_directory(paths: Paths | None) -> bool:
     return bool(name) and Path(split_member(name)[0]).is_dir()
 
 
+def _is_shard(path: Path) -> bool:
+    """Whether a file of a directory is scored: its name says so, and is not hidden."""
+    return path.suffix in _SUFFIXES and not path.name.startswith(".")
+
+
+def _as_paths(paths: Any, name: str) -> Paths:
+    """A path, or a list of them."""
+    if isinstance(paths, str | os.PathLike):
+        return paths
+    try:
+        listed = [] if isinstance(paths, bytes) else list(paths)
+    except TypeError:
+        listed = []
+    if not listed or not all(isinstance(path, str | os.PathLike) for path in listed):
+        what = "nothing" if isinstance(paths, list | tuple) and not paths else type(paths).__name__
+        raise TypeError(f"{name}: got {what}, expected a path or a sequence of paths")
+    return listed
+
+
 def _list_files(paths: Paths, is_directory: bool, by_stem: bool) -> tuple[dict[str, str], bool]:
     """The files of a path, a directory, a pattern or a list, each under the name by which it is paired; and whether it
     is one file. The name is where it is in a list, what the wildcards of a pattern stand for, or if so wished the stem.
@@ -293,7 +314,7 @@ def _list_files(paths: Paths, is_directory: bool, by_stem: bool) -> tuple[dict[s
     place, member = split_member(name)
     suffix = "" if member is None else f":{member}"
     if is_directory:
-        found = [(p.stem, str(p)) for p in sorted(Path(place).iterdir()) if p.suffix in _SUFFIXES]
+        found = [(p.stem, str(p)) for p in sorted(Path(place).iterdir()) if _is_shard(p)]
         if not found:
             raise ScoreError(f"{name}: a directory without files to score")
         return _by_key(found), False
@@ -364,6 +385,12 @@ class _Pair(NamedTuple):
         return [self.logits, self.targets or self.logits]
 
 
+def _none(kind: str, paths: Paths) -> str:
+    if isinstance(paths, str | os.PathLike):
+        return f"no {kind} of that name in {paths}"
+    return f"no {kind} at its place in a list of {len(paths)}"
+
+
 def _pair_files(logits: Paths, targets: Paths | None) -> list[_Pair]:
     """The shards, in the order of their names."""
     is_directory, has_directory = _is_directory(logits), _is_directory(targets)
@@ -378,12 +405,25 @@ def _pair_files(logits: Paths, targets: Paths | None) -> list[_Pair]:
     pairs = []
     for key in sorted(inputs.keys() | goals.keys(), key=lambda key: _natural(key, logits)):
         if key not in inputs:
-            pairs.append(_Pair(goals[key], None, f"{goals[key]}: no logits of that name in {logits}"))
+            pairs.append(_Pair(goals[key], None, f"{goals[key]}: {_none('logits', logits)}"))
         elif key not in goals:
-            pairs.append(_Pair(inputs[key], None, f"{inputs[key]}: no targets of that name in {targets}"))
+            pairs.append(_Pair(inputs[key], None, f"{inputs[key]}: {_none('targets', targets)}"))
         else:
             pairs.append(_Pair(inputs[key], goals[key]))
     return pairs
+
+
+def _check_place(path: str, name: str, pairs: list[_Pair], sources: Iterable[Paths | None]) -> None:
+    """What is written must not take the place of what is read, nor be a shard of the next run."""
+    place = os.path.realpath(path)
+    for source in (file for pair in pairs for file in pair.names):
+        if place == os.path.realpath(split_member(source)[0]):
+            raise ScoreError(f"{path}: is read by this run, expected another file for {name}")
+    for directory in sources:
+        if not isinstance(directory, str | os.PathLike) or not _is_directory(directory):
+            continue
+        if str(Path(place).parent) == os.path.realpath(directory) and _is_shard(Path(place)):
+            raise ScoreError(f"{path}: would be a shard of {directory}, expected another directory for {name}")
 
 
 class _Shard(NamedTuple):
@@ -1015,9 +1055,11 @@ def score_file(
     logits : path, or sequence of paths
         A ``.npy`` file, which is memory-mapped and read in chunks; a member of an ``.npz`` file (``FILE.npz:NAME``, or
         the one called logits) or, with `pyarrow`, a column of lists of a Parquet or Arrow file
-        (``FILE.parquet:NAME``), which are read into memory; or many of them, *shards* that follow one another in the
-        order of their names: a directory, a pattern such as ``"logits-*.npy"``, or a list. Each holds an array of shape
-        ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)``.
+        (``FILE.parquet:NAME``), which are read into memory; or many of them, *shards* that follow one another: a list,
+        in its order, or a directory or a pattern such as ``"logits-*.npy"``, in the order of their names, in which
+        numbers count by their value (9 before 10). Of a directory the files whose names end in .npy, .npz, .parquet,
+        .arrow or .feather, but for hidden ones. Each holds an array of shape ``(C)``, ``(N, C)`` or
+        ``(N, C, d1, ..., dK)``.
     targets : path, or sequence of paths, optional
         Class indices or class probabilities, as :func:`fastloss.cross_entropy` takes them, in as many files. Those of
         directories are paired by their names without suffix, those of patterns by what the wildcards stand for, those
@@ -1031,7 +1073,7 @@ def score_file(
     details : bool
         Whether to find the accuracy and the worst rows as well, for which each chunk is read once more.
     output : path, optional
-        A ``.npy`` file for the loss of every row. It is put in place when it is complete.
+        A ``.npy`` file for the loss of every row, none of those that are read. It is put in place when it is complete.
     max_memory : int
         How many bytes to use for data, beyond the system's cache of the files.
     resume : path, optional
@@ -1051,7 +1093,7 @@ def score_file(
         (A ValueError) for a file that is missing, damaged or does not fit, which it names; it holds what was scored
         before. Also for a state of other files or options.
     ValueError, TypeError
-        For options that no call could have.
+        For options that no call could have, and what is no path.
 
     See Also
     --------
@@ -1097,11 +1139,22 @@ def score_file(
     if memory < 1:
         raise ValueError(f"max_memory: got {memory}, expected a number of bytes")
     memory = min(memory, 1 << 62)
+    logits, targets = _as_paths(logits, "logits"), None if targets is None else _as_paths(targets, "targets")
+    places = {}
+    for name, place in (("output", output), ("resume", resume)):
+        if place is not None and not isinstance(place, str | os.PathLike):
+            raise TypeError(f"{name}: got {type(place).__name__}, expected a path")
+        if place is not None:
+            places[name] = os.fspath(place)
     try:
         pairs = _pair_files(logits, targets)
+        for name, path in places.items():
+            _check_place(path, name, pairs, (logits, targets))
     except OSError as error:
         raise ScoreError(f"{error.filename or logits}: {error.strerror or error}") from None
-    writer = None if output is None else _Output(os.fspath(output), None if resume is None else os.fspath(resume))
+    if len(places) == 2 and len({os.path.realpath(path) for path in places.values()}) == 1:
+        raise ScoreError(f"{output}: got for output and for resume, expected two files")
+    writer = _Output(places["output"], places.get("resume")) if output is not None else None
     saved = None
     if resume is not None:
         held_weight = None if stream.weight is None else stream.weight.astype(np.float64)
@@ -1113,7 +1166,7 @@ def score_file(
             "details": details,
             "output": None if writer is None else str(writer.path),
         }
-        saved = _Saved(os.fspath(resume), options, pairs)
+        saved = _Saved(places["resume"], options, pairs)
     run = _Run(pairs, stream, memory, details, writer, saved)
     try:
         with _progress(run, progress) as show:

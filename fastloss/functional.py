@@ -18,7 +18,10 @@ from fastloss._validation import Array
 
 __all__ = ["cross_entropy", "kl_div", "log_softmax", "logsumexp", "nll_loss", "softmax"]
 
-_UNSET: Any = object()
+_LAST: Any = _validation.Unset("-1")
+_ALL: Any = _validation.Unset("None")
+_NO: Any = _validation.Unset("False")
+_NONE_GIVEN: Any = _validation.Unset("<not given>")
 
 # A vector of padding behind the weights: rows shorter than a vector read past them.
 _PADDING = 16
@@ -330,7 +333,7 @@ def kl_div(
     return _scalar(total, dtype)
 
 
-def softmax(input: npt.ArrayLike, axis: int = _UNSET, *, dim: int = _UNSET) -> Any:
+def softmax(input: npt.ArrayLike, axis: int = _LAST, *, dim: int = _NONE_GIVEN) -> Any:
     r"""Softmax :math:`e^{x_c} / \sum_k e^{x_k}` along one axis.
 
     Parameters
@@ -377,10 +380,10 @@ def softmax(input: npt.ArrayLike, axis: int = _UNSET, *, dim: int = _UNSET) -> A
     >>> print(fastloss.softmax(np.array([0.0, np.log(3.0), -np.inf])))
     [0.25 0.75 0.  ]
     """
-    return _softmax(input, _validation.one_spelling(axis, dim, "axis", "dim", _UNSET), is_log=False)
+    return _softmax(input, _validation.one_spelling(axis, dim, "axis", "dim"), is_log=False)
 
 
-def log_softmax(input: npt.ArrayLike, axis: int = _UNSET, *, dim: int = _UNSET) -> Any:
+def log_softmax(input: npt.ArrayLike, axis: int = _LAST, *, dim: int = _NONE_GIVEN) -> Any:
     r"""Logarithm of the softmax, :math:`x_c - \log \sum_k e^{x_k}`, along one axis.
 
     Parameters
@@ -424,16 +427,16 @@ def log_softmax(input: npt.ArrayLike, axis: int = _UNSET, *, dim: int = _UNSET) 
     >>> print(fastloss.log_softmax(np.array([0.0, -40.0])))
     [-4.24835426e-18 -4.00000000e+01]
     """
-    return _softmax(input, _validation.one_spelling(axis, dim, "axis", "dim", _UNSET), is_log=True)
+    return _softmax(input, _validation.one_spelling(axis, dim, "axis", "dim"), is_log=True)
 
 
 def logsumexp(
     input: npt.ArrayLike,
-    axis: int | tuple[int, ...] | None = _UNSET,
-    keepdims: bool = _UNSET,
+    axis: int | tuple[int, ...] | None = _ALL,
+    keepdims: bool = _NO,
     *,
-    dim: int | tuple[int, ...] | None = _UNSET,
-    keepdim: bool = _UNSET,
+    dim: int | tuple[int, ...] | None = _NONE_GIVEN,
+    keepdim: bool = _NONE_GIVEN,
 ) -> Any:
     r"""Logarithm of the sum of exponentials, :math:`\log \sum_c e^{x_c}`, along some or all axes.
 
@@ -485,21 +488,21 @@ def logsumexp(
     >>> print(fastloss.logsumexp([[0.0, 0.0], [1.0, 1.0]], axis=1).round(4))
     [0.6931 1.6931]
     """
-    axis = _validation.one_spelling(axis, dim, "axis", "dim", _UNSET)
-    keepdims = _validation.one_spelling(keepdims, keepdim, "keepdims", "keepdim", _UNSET)
+    axis = _validation.one_spelling(axis, dim, "axis", "dim")
+    keepdims = _validation.one_spelling(keepdims, keepdim, "keepdims", "keepdim")
     key = None
     if (
         type(input) is np.ndarray
-        and (axis is None or axis is _UNSET or type(axis) is int)
-        and (keepdims is _UNSET or type(keepdims) is bool)
+        and (axis is None or axis is _ALL or type(axis) is int)
+        and (keepdims is _NO or type(keepdims) is bool)
     ):
         key = "logsumexp", input.dtype, input.shape, axis, keepdims
         call = _short_calls.get(key)
         if call is not None and (value := call(input, input)) is not None:
             return value
     values = _validation.as_real(input, "input")
-    axes = _validation.check_axes(None if axis is _UNSET else axis, values.ndim)
-    is_kept = keepdims is not _UNSET and bool(keepdims)
+    axes = _validation.check_axes(None if axis is _ALL else axis, values.ndim)
+    is_kept = keepdims is not _NO and bool(keepdims)
     kept = tuple(1 if a in axes else n for a, n in enumerate(values.shape) if is_kept or a not in axes)
     return _logsumexp(values, axes, _views.compute_dtype(values.dtype), key, kept).reshape(kept)[()]
 
@@ -948,13 +951,13 @@ def _softmax(input: npt.ArrayLike, axis: Any, is_log: bool) -> Any:
     from fastloss._kernels import outputs
 
     key = None
-    if type(input) is np.ndarray and (axis is _UNSET or type(axis) is int):
+    if type(input) is np.ndarray and (axis is _LAST or type(axis) is int):
         key = "log_softmax" if is_log else "softmax", input.dtype, input.shape, axis
         call = _short_calls.get(key)
         if call is not None and (value := call(input, input)) is not None:
             return value
     values = _validation.as_real(input, "input")
-    axis = _validation.check_axis(-1 if axis is _UNSET else axis, values.ndim)
+    axis = _validation.check_axis(-1 if axis is _LAST else axis, values.ndim)
     dtype = _views.compute_dtype(values.dtype)
     out = np.empty_like(values, dtype, subok=False)
     if out.size:

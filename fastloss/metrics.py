@@ -302,7 +302,7 @@ def brier_score_from_logits(
     0.25
     """
     if scale_by_half != "auto" or not isinstance(scale_by_half, str):
-        _check_flag(scale_by_half, "scale_by_half")
+        _check_flag(scale_by_half, "scale_by_half", " or 'auto'")
     scores = _as_scores(logits, "logits")
     y, weights = _check_rows(y_true, scores, sample_weight)
     n_classes = _n_classes(scores)
@@ -531,9 +531,9 @@ neg_log_loss_from_logits_scorer = _Scorer("neg_log_loss_from_logits_scorer", log
 # ------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_flag(value: Any, name: str) -> None:
+def _check_flag(value: Any, name: str, otherwise: str = "") -> None:
     if not isinstance(value, bool | np.bool_):
-        raise ParameterError(f"{name}: got {value!r}, expected a bool (an instance of 'bool')")
+        raise ParameterError(f"{name}: got {value!r}, expected a bool (an instance of 'bool'){otherwise}")
 
 
 def _as_scores(value: Any, name: str, fewest_rows: int = 1) -> Array:

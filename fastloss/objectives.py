@@ -121,8 +121,8 @@ class XGBoostCrossEntropy(_CrossEntropy):
     An instance is called with ``(preds, dtrain)`` or, by the scikit-learn API, ``(y_true, y_pred, sample_weight)``, and
     returns gradient and Hessian. With :math:`p` the softmax of a row, and :math:`m_c` what multiplies :math:`-\log p_c`
     in its loss, these are :math:`p_c \sum_k m_k - m_c` and :math:`\max(2\, p_c (1 - p_c) \sum_k m_k,\, 10^{-16})` times
-    the sample weight: the factor 2 is XGBoost's own convention. `num_class` must be among the parameters (XGBoost
-    infers it for its own objectives only), and predictions are raw scores.
+    the sample weight: the factor 2 is XGBoost's own convention. `num_class` must be among the parameters of
+    ``xgboost.train`` (XGBoost infers it for its own objectives only), and its predictions are raw scores.
 
     Unless `base_score` is among the parameters, XGBoost's own objective starts from the classes' frequencies (in newer
     versions), a custom one from 0.5 for every class.
@@ -190,7 +190,7 @@ class LightGBMCrossEntropy(_CrossEntropy):
     returns gradient and Hessian. With :math:`p` the softmax of a row, :math:`m_c` what multiplies :math:`-\log p_c` in
     its loss and :math:`K` the number of classes, these are :math:`p_c \sum_k m_k - m_c` and
     :math:`\frac{K}{K-1}\, p_c (1 - p_c) \sum_k m_k` times the sample weight: the factor is LightGBM's own convention.
-    Predictions are raw scores.
+    Predictions are raw scores, those of LightGBM's classifier too.
 
     LightGBM's own objective starts from the logarithms of the classes' frequencies unless ``boost_from_average`` is
     false; a custom one starts from 0. :meth:`init_score` gives those logarithms.

@@ -400,6 +400,15 @@ def test_worst_rows_order(files, report, monkeypatch):
         assert found["loss"] == "NaN"
 
 
+def test_the_weights_are_not_replaced(files, run):
+    before = Path("weight.npy").read_bytes()
+    for option in ("--output", "--resume"):
+        status, out, err = run("score", "logits.npy", "targets.npy", "--weight", "weight.npy", option, "./weight.npy")
+        assert (status, out) == (2, "")
+        assert err == f"{ERROR}weight.npy: is read by this run, expected another file for --output or --resume\n"
+    assert Path("weight.npy").read_bytes() == before
+
+
 def test_perplexity_overflow_is_infinite(files, report):
     np.save("x.npy", np.array([[0.0, 1000.0]], np.float32))
     np.save("t.npy", np.array([0]))

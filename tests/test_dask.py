@@ -182,6 +182,10 @@ class TestErrors:
     def test_other_functions(self):
         with pytest.raises(ValueError, match=r"target: got shape \(2,\), expected one that broadcasts"):
             fastloss.dask.kl_div(da.zeros((4, 3)), da.zeros(2), reduction="sum")
+        keep = np.arange(20) % 3 > 0
+        some_rows = da.zeros((20, 3), chunks=(5, 3))[da.from_array(keep, chunks=5)]
+        with pytest.raises(ValueError, match=r"^target: got 2 chunks along axis 0, expected 4.*compute_chunk_sizes"):
+            fastloss.dask.cross_entropy(some_rows, da.zeros(20, dtype=int, chunks=10)[da.from_array(keep, chunks=10)])
         with pytest.raises(ValueError, match=r"y_true: got shape \(3,\)"):
             fastloss.dask.log_loss(da.zeros(3, dtype=int), da.zeros((4, 3)))
         lazy = fastloss.dask.log_loss(da.full(4, 7), da.full((4, 2), 0.5))

@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -290,6 +291,47 @@ class TestShards:
         with pytest.raises(ScoreError) as caught:
             fastloss.score_file(x, t)
         assert str(caught.value).startswith(message)
+
+
+class TestPlaces:
+    """What is written takes the place of nothing that is read."""
+
+    @pytest.mark.parametrize("option", ["output", "resume"])
+    @pytest.mark.parametrize("place", ["x/part-3.npy", "./x/../t/part-9.npy", "link.npy"])
+    def test_a_file_that_is_read(self, shards, option, place):
+        Path("link.npy").symlink_to("x/part-3.npy")
+        before = {path: path.read_bytes() for path in Path().rglob("*.npy")}
+        with pytest.raises(ScoreError, match=f"^{re.escape(place)}: is read by this run, expected another file for"):
+            fastloss.score_file("x", "t", **{option: place})
+        assert {path: path.read_bytes() for path in Path().rglob("*.npy")} == before
+
+    def test_a_shard_of_the_next_run(self, shards):
+        for place in ("x/losses.npy", "t/losses.npy"):
+            with pytest.raises(ScoreError, match=rf"^{place}: would be a shard of {place[0]}, expected another direct"):
+                fastloss.score_file("x", "t", output=place)
+        fastloss.score_file("x", "t", output="x/.losses.npy", resume="x/state")
+        fastloss.score_file("x/part-*.npy", "t/part-*.npy", output="x/losses.npy")
+
+    def test_one_file_for_both(self, shards):
+        with pytest.raises(ScoreError, match=r"^both: got for output and for resume, expected two files"):
+            fastloss.score_file("x", "t", output="both", resume="./both")
+
+    def test_hidden_files_are_no_shards(self, shards):
+        Path("x/.part-11.npy").write_bytes(b"not scored")
+        assert fastloss.score_file("x", "t").n_shards == 10
+
+    @pytest.mark.parametrize("paths", [3, b"x", [], [3], np.zeros((2, 3)), {"a": 1}.values()])
+    def test_no_paths(self, shards, paths):
+        for name, arguments in (("logits", (paths, "t")), ("targets", ("x", paths))):
+            with pytest.raises(TypeError, match=f"^{name}: got .*, expected a path or a sequence of paths"):
+                fastloss.score_file(*arguments)
+        for name in ("output", "resume"):
+            with pytest.raises(TypeError, match=f"^{name}: got .*, expected a path$"):
+                fastloss.score_file("x", "t", **{name: paths})
+
+    def test_lists_of_two_lengths(self, shards):
+        with pytest.raises(ScoreError, match=r"^x/part-2.npy: no targets at its place in a list of 1"):
+            fastloss.score_file(["x/part-1.npy", "x/part-2.npy"], ["t/part-1.npy"])
 
 
 def save_as(version):

@@ -54,6 +54,13 @@ def test_examples_of_data_larger_than_memory(number, tmp_path):
     assert done.stdout == expected
 
 
+def test_the_objective_runs(capfd):
+    pytest.importorskip("xgboost")
+    (code,) = re.findall(r"```python\n(import numpy as np\nimport xgboost.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "test-cross_entropy" in "".join(capfd.readouterr())
+
+
 def test_set_up_has_two_one_line_commands():
     commands = re.findall(r"```\n(.*?)```", section("Set up"), re.DOTALL)
     assert [command.count("\n") for command in commands] == [1, 1]

@@ -6,6 +6,7 @@ the exception is a target out of range, which the kernels find while they read t
 
 import math
 import operator
+import os
 import pickle
 import sys
 import warnings
@@ -29,7 +30,7 @@ _CUT_NUMBERS = 1 << 17
 _PYTHON_DTYPES = (np.dtype(np.bool_), np.dtype(np.int64), np.dtype(np.float64))
 
 
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:

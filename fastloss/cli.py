@@ -221,7 +221,9 @@ def _warmup_command(arguments: argparse.Namespace) -> None:
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     try:
         n_kernels = _warmup.compile_all(arguments.dtypes or ["float32"], is_terminal)
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "ml_dtypes":
+            raise
         raise CommandError("--dtype bfloat16: expected the package ml_dtypes, which is not installed") from None
     if not n_kernels:
         raise CommandError("the cache takes no files: `fastloss info` names its place, FASTLOSS_CACHE_DIR sets it")

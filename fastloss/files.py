@@ -25,7 +25,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -280,7 +280,7 @@ def _check_size(path: Path, archive: zipfile.ZipFile, member: str, max_memory: f
 # ----------------------------------------------------------------------------------------------------------- shards
 
 
-def _is_directory(paths: Paths | None) -> bool:
+def _is_directory(paths: Paths | None) -> TypeGuard[str | os.PathLike[str]]:
     name = os.fspath(paths) if isinstance(paths, str | os.PathLike) else ""
     return bool(name) and Path(split_member(name)[0]).is_dir()
 
@@ -420,9 +420,8 @@ def _check_place(path: str, name: str, pairs: list[_Pair], sources: Iterable[Pat
         if place == os.path.realpath(split_member(source)[0]):
             raise ScoreError(f"{path}: is read by this run, expected another file for {name}")
     for directory in sources:
-        if not isinstance(directory, str | os.PathLike) or not _is_directory(directory):
-            continue
-        if str(Path(place).parent) == os.path.realpath(directory) and _is_shard(Path(place)):
+        is_inside = _is_directory(directory) and str(Path(place).parent) == os.path.realpath(directory)
+        if is_inside and _is_shard(Path(place)):
             raise ScoreError(f"{path}: would be a shard of {directory}, expected another directory for {name}")
 
 

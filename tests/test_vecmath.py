@@ -40,22 +40,21 @@ def _exp_of_any(x, out):
         store(out, i, exp_of_any(load(x, i, like)))
 
 
-@numba.njit
-def _exp_and_difference(a, b, plain, exact):
-    like = a[0]
-    for i in range(0, len(a), lanes(like)):
-        both = exp_and_difference(load(a, i, like), load(b, i, like))
-        store(plain, i, both[0])
-        store(exact, i, both[1])
+def _two_of_two(function):
+    """A loop over a function of two vectors that gives two."""
+
+    @numba.njit
+    def loop(a, b, first, second):
+        like = a[0]
+        for i in range(0, len(a), lanes(like)):
+            both = function(load(a, i, like), load(b, i, like))
+            store(first, i, both[0])
+            store(second, i, both[1])
+
+    return loop
 
 
-@numba.njit
-def _exp_difference_in_parts(a, b, first, second):
-    like = a[0]
-    for i in range(0, len(a), lanes(like)):
-        parts = exp_difference_in_parts(load(a, i, like), load(b, i, like))
-        store(first, i, parts[0])
-        store(second, i, parts[1])
+_exp_and_difference, _exp_difference_in_parts = map(_two_of_two, (exp_and_difference, exp_difference_in_parts))
 
 
 @numba.njit

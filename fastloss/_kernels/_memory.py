@@ -16,7 +16,7 @@ With ``NUMBA_DISABLE_JIT=1`` the same names work on NumPy arrays.
 import operator
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import config, types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin, lower_getattr
@@ -32,6 +32,10 @@ __all__ = ["allocate", "data_and_length", "memory_type", "release", "take", "tak
 # Every piece of scratch begins on a cache line's border. Off it, every other vector would touch two lines: a tile of
 # 100 classes takes 1.4 times as long.
 CACHE_LINE = 64
+
+# Whether kernels are compiled for one of AMD's Zen, where it pays to ask for memory in another way than on Intel's CPUs.
+# Only speed depends on it.
+IS_ZEN = (config.CPU_NAME or binding.get_host_cpu_name()).startswith("znver")
 
 # Where the members of an array object lie, behind what every Python object begins with, and the size of an item in its
 # dtype: NumPy's ndarraytypes.h (PyArrayObject_fields; _PyArray_DescrNumPy2, and PyArray_Descr of NumPy 1).

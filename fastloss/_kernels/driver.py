@@ -99,7 +99,7 @@ def _make_scratch(x, y, out, geometry, light, keeps, records):
         n_narrow, n_wide, n_lane_sums, n_others, n_out = 2, 2, 0, width, width
         n_staged = max(width, min(n_classes, group) + 2 * tiles.PADDING, of_few)
     else:
-        n_narrow, n_wide, n_lane_sums, n_out = 8, 11, min(n_lanes, n_classes) * width, BATCH * width
+        n_narrow, n_wide, n_lane_sums, n_out = 8, 12, min(n_lanes, n_classes) * width, BATCH * width
         n_staged = max((max(BATCH, n_classes if n_classes <= group else 2 * group) + 1) * width, of_few)
         n_others = min(max(BATCH, n_classes), BLOCK) * width
     places = _padded(4 * width)

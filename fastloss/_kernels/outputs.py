@@ -26,7 +26,8 @@ def _softmax(tile_sums, write_tile, can_scale, scaled_tile):
 
     Accuracy: within 4 ulp of the exact value, mostly 2, softmax where it is a normal number (benchmarks/accuracy.py;
     the terms of log_softmax are both negative, so nothing cancels). Beyond the exponential's own error, S is summed in
-    the compute type within a block, and the product of softmax rounds once; neither S nor 1 / S is rounded in between.
+    the compute type within a lane of a block, and the product of softmax rounds once; neither S nor 1 / S is rounded in
+    between.
 
     Memory passes: the tile is read twice more from the cache and written once; where the module's ``scaled_tile``
     serves, what it keeps of a row is read instead.

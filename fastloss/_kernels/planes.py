@@ -222,6 +222,47 @@ def _fold(sums, n_classes, n_slots, width, like):
         half //= 2
 
 
+def _make_folded(step, part):
+    @inline
+    def folded(sums, at, used, like, lane):
+        total = part(sums, at, used, like, lane)
+        if lane + step < used:
+            total = total + part(sums, at, used, like, lane + step)
+        return total
+
+    return folded
+
+
+@inline
+def _one_lane(sums, at, used, like, lane):
+    return load(sums, lane * lanes(sums[0]) + at, like)
+
+
+_folded = _one_lane
+for _step in (8, 4, 2, 1):
+    _folded = _make_folded(np.int64(_step), _folded)
+
+
+@inline
+def _fold_vector(sums, at, n_classes, like):
+    """:func:`_fold` of a vector of rows, from row ``at`` on, in the type of ``like``. Through registers: log-sum-exp of
+    10 classes side by side takes 1.06 times as long otherwise.
+    """
+    return _folded(sums, at, min(lanes(sums[0]), n_classes), like, np.int64(0))
+
+
+@inline
+def _put_folded(sums, n_classes, exact, totals, like):
+    """The folded sums of a vector of rows, in float64: folded so if ``exact``."""
+    if exact:
+        for i in range(0, lanes(like), lanes(0.0)):
+            store(totals, i, _fold_vector(sums, i, n_classes, 0.0))
+    else:
+        store(sums, 0, _fold_vector(sums, 0, n_classes, like))
+        for i in range(0, lanes(like), lanes(0.0)):
+            store(totals, i, load(sums, i, 0.0))
+
+
 @inline
 def _add_block(totals, sums, n_slots):
     """Add the folded sums of a block, or the totals of a chunk, to float64 totals."""
@@ -608,7 +649,7 @@ def _max_shift_term(
     e = exp_falling_difference(v, shift) if exact else exp_falling(d)
     if kept is not None:
         store(kept, y_at, e)
-    total, low = add_term(e, differs, total, low)
+    total, low = add_term(e, differs, exact, total, low)
     ties = where(differs, ties - splat(scalar(1.0, like)), ties)
     if weight is not None:
         m = splat(weight[c])
@@ -683,9 +724,9 @@ def _largest_vector(source, origin, step, n_classes, begin, row, args):
             n_ties,
         )  # fmt: skip
         store(sums, lane * n_lanes, total)
-    _fold(sums, n_classes, n_lanes, n_lanes, like)
     store(ties, 0, n_ties)
-    _rest_of_one_group(largest, place, sums, None, ties, 0, rest, lost, place)
+    _put_folded(sums, n_classes, exact, rest[place:], like)
+    _rest_of_one_group(largest, place, rest[place:], None, ties, 0, rest, lost, place)
 
 
 @inline
@@ -812,7 +853,7 @@ def _max_shift_classes(
     base, next_largest, ties = narrow[2], narrow[3], narrow[4]
     group_largest, chunk_largest, shifts = narrow[5], narrow[6], narrow[7]
     chunk_rest, chunk_ties, chunk_moment, chunk_mass = wide[0], wide[1], wide[2], wide[3]
-    rest_low, older, older_low = wide[8], wide[7], wide[10]
+    rest_low, older, older_low, block_total = wide[8], wide[7], wide[10], wide[11]
     n_slots = (n + n_lanes - 1) // n_lanes * n_lanes
     direct = is_direct(geometry, tiles.INPUT, start, n, n_lanes)
     size = group_size(n_classes)
@@ -906,13 +947,13 @@ def _max_shift_classes(
                             store(moments, lane * n_lanes, a)
                             store(masses, lane * n_lanes, m)
                     store(ties, slot, slot_ties)
-                    _fold(sums, n_classes, n_lanes, n_lanes, like)
-                    _add_rests(chunk_rest[slot:], rest_low[slot:], sums, n_lanes)
+                    _put_folded(sums, n_classes, exact, block_total, like)
+                    _add_rests(chunk_rest[slot:], rest_low[slot:], block_total, n_lanes)
                     if weight is not None:
-                        _fold(moments, n_classes, n_lanes, n_lanes, like)
-                        _add_block(chunk_moment[slot:], moments, n_lanes)
-                        _fold(masses, n_classes, n_lanes, n_lanes, like)
-                        _add_block(chunk_mass[slot:], masses, n_lanes)
+                        _put_folded(moments, n_classes, False, block_total, like)
+                        _add_block(chunk_moment[slot:], block_total, n_lanes)
+                        _put_folded(masses, n_classes, False, block_total, like)
+                        _add_block(chunk_mass[slot:], block_total, n_lanes)
             _add_block(chunk_ties, ties, n_slots)
         for slot in range(0, n_slots, n_lanes):
             row = row_of(slot, n, n_lanes)

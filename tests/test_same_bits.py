@@ -62,10 +62,10 @@ print(json.dumps([n_threads, first]))
 """
 
 
-def hashes_with(n_threads, **settings):
+def hashes_with(n_threads, before="", **settings):
     environment = {**os.environ, "NUMBA_NUM_THREADS": str(n_threads), **settings}
     environment.pop("NUMBA_DISABLE_JIT", None)
-    command = [sys.executable, "-c", SCRIPT]
+    command = [sys.executable, "-c", before + SCRIPT]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert result.returncode == 0, result.stderr
     used, hashes = json.loads(result.stdout)
@@ -86,6 +86,12 @@ def test_code_for_any_cpu():
     In one thread, which takes less to compile; that threads change nothing is tested above.
     """
     assert hashes_with(1, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == hashes_with(1)
+
+
+def test_memory_is_asked_for_in_either_way(tmp_path):
+    """As on AMD's Zen where this is another CPU, and the other way round."""
+    before = "from fastloss._kernels import _memory\n_memory.IS_ZEN = not _memory.IS_ZEN\n"
+    assert hashes_with(1, before, FASTLOSS_CACHE_DIR=str(tmp_path)) == hashes_with(1)
 
 
 @pytest.fixture(scope="module")

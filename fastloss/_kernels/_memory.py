@@ -33,7 +33,7 @@ __all__ = ["allocate", "data_and_length", "memory_type", "release", "take", "tak
 # 100 classes takes 1.4 times as long.
 CACHE_LINE = 64
 
-# Whether kernels are compiled for one of AMD's Zen, where it pays to ask for memory in another way than on Intel's CPUs.
+# Whether kernels are compiled for one of AMD's Zen, where memory is best asked for in other ways than on Intel's CPUs.
 # Only speed depends on it.
 IS_ZEN = (config.CPU_NAME or binding.get_host_cpu_name()).startswith("znver")
 

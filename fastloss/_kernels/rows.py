@@ -4,8 +4,8 @@ Order of addition, the same in :mod:`fastloss._kernels.planes`, so that a row ha
 a block of :data:`BLOCK` classes, class c is added to lane c modulo the number of lanes (the last classes of the row,
 where they do not fill a vector, to the last lanes; see :func:`tail`), in the compute type. The lanes are folded by
 halves. (For softmax a lane's float32 terms are added in two halves, see :func:`add_term`, and the lanes are folded in
-float64.) The block sums are added in float64 within a chunk of :data:`CHUNK` classes (relative to the maximum, with what
-the additions lose), and the chunk sums in float64; a chunk is the least piece of a long row that a thread takes.
+float64.) The block sums are added in float64 within a chunk of :data:`CHUNK` classes (relative to the maximum, with
+what the additions lose), and the chunk sums in float64; a chunk is the least piece of a long row that a thread takes.
 
 Accuracy: a lane adds at most 16 float32 terms, so that a row's sum is within about 1e-6 of the exact one in the worst
 case and 1e-7 in practice, for any number of classes.

@@ -12,8 +12,9 @@ Every engine runs in a process of its own, over the same seeded data. Before any
 on the value. Then they are asked in turn, round by round, and the ratio reported is the median over the rounds of (time
 of the peer / time of fastloss in that round). While one engine works the others wait on a pipe. Each turn begins with a
 pause, in which worker threads stop spinning, so that every library can keep its own waiting policy (or that of
-OMP_WAIT_POLICY), and with one untimed call. "roofline" is a parallel sum over the bytes of the inputs; the fraction is
-its time / that of fastloss. After the losses comes the worst error of each engine on confident predictions.
+OMP_WAIT_POLICY), and with untimed calls (some 20 ms of short ones). "roofline" is a parallel sum over the bytes of the
+inputs; the fraction is its time / that of fastloss. After the losses comes the worst error of each engine on confident
+predictions.
 
 `--publish` measures everything (or whole tables) and then writes `benchmarks/results/TABLE.json`, the chart beside them
 and the README's tables (see `report.py`). An engine that is not installed, fails or disagrees is named and left out.

@@ -24,7 +24,10 @@ from common import IGNORED, Inputs
 HALVES = ("float16", "bfloat16")
 SMALLEST_MEASUREMENT = 4e-3  # seconds: shorter calls are repeated
 LATENCY_CALLS = 2000
-SLOW_CALL = 0.1  # seconds: longer calls are not preceded by an untimed one
+SLOW_CALL = 0.1  # seconds: longer calls are not preceded by untimed ones
+# Seconds of untimed calls: after a pause, two threads of GNU OpenMP may wake up on one CPU, where the one waits for the
+# other, and take some 10 ms to part (in PyTorch, Numba and so fastloss alike).
+WARM_UP = 0.02
 SMALL_INPUT = 100_000  # scores up to which a call may take less memory than the process does besides
 
 # Accuracy: rows whose losses spread from 1e-12 to 1e-6, the probability of the true class being nearly 1.
@@ -521,10 +524,12 @@ class Worker:
         return {"seconds": seconds, "repeats": 1 if tiny else repeats}
 
     def measure(self, repeats, warm=False):
-        """Seconds per call; `warm` asks for an untimed call before."""
+        """Seconds per call; `warm` asks for untimed calls before."""
         function = self.function
-        if warm:
+        ready = time.perf_counter() + WARM_UP
+        while warm:
             function()
+            warm = time.perf_counter() < ready
         begin = time.perf_counter()
         for _ in range(repeats):
             function()

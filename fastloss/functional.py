@@ -108,11 +108,10 @@ def cross_entropy(
     smoothing a masked class makes the loss inf (NaN if its weight is 0). A probability of 0 on a logit of -inf gives
     NaN.
 
-    *Accuracy.* float32 losses are within 2e-6 of the exact value of the given logits in relative terms, down to 1e-12
-    and below: as long as the logits that count lie within 32 of the target's (5e-6 beyond), and their exponentials
-    relative to it are normal numbers. ``'sum'`` and ``'mean'`` are made of the exact sum of the row losses, rounded to
-    float64, so they depend on no order and no number of threads. A row's loss has the same bits in any batch and
-    layout.
+    *Accuracy.* float32 losses are within 2e-6 of the exact value of the given logits in relative terms down to 1e-12,
+    and within 5e-6 below, as long as the exponentials relative to the target's logit are normal numbers. ``'sum'`` and
+    ``'mean'`` are made of the exact sum of the row losses, rounded to float64, so they depend on no order and no number
+    of threads. A row's loss has the same bits in any batch and layout.
 
     *Differences from PyTorch.* Any integer dtype for targets and any real one for weights; integer logits become
     float64; halves give float32; a negative or NaN `label_smoothing` is refused.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import references
 
-from fastloss import cross_entropy, log_softmax, logsumexp, softmax
+from fastloss import cross_entropy, log_softmax, logsumexp, softmax, value_and_grad
 
 # The contract's bound for float32. For float64 it is the same chain of roundings with 29 more bits: the difference of
 # two logits, at most 32 for losses from 1e-12, is rounded by half a unit, 3.6e-15 relative to its exponential.
@@ -94,6 +94,23 @@ def test_smoothed_losses_of_targets_without_weight(n_rows, n_classes):
     exact = 0.1 / n_classes * 0.6875 * math.log1p((n_classes - 1) * math.exp(float(x[0, 1])))
     got = cross_entropy(x, np.ones(n_rows, int), weight, label_smoothing=0.1, reduction="none")
     np.testing.assert_allclose(got, exact, rtol=BOUND[np.float32])
+
+
+@pytest.mark.parametrize("n_classes", [50, 100, 1000, 20_000])
+def test_many_classes_far_below_the_target(rng, n_classes):
+    """All are equal, and so are the roundings of their differences: of up to 1.9e-6, if they were not counted."""
+    own = rng.uniform(32, math.log(n_classes / 1e-12), 64).astype(np.float32)
+    others = (2.0**-19 * rng.uniform(0.9, 1.1, 64)).astype(np.float32)
+    x = np.repeat(others[:, None], n_classes, axis=1)
+    x[:, 1] = own
+    exact = np.log1p((n_classes - 1) * np.exp(others.astype(np.float64) - own))
+    assert exact.min() >= 0.9e-12
+    for array in (x, np.asfortranarray(x)):
+        losses = cross_entropy(array, np.ones(64, int), reduction="none")
+        np.testing.assert_allclose(losses, exact, rtol=5e-7)
+    with_gradient = value_and_grad(cross_entropy)(x, np.ones(64, int), reduction="none", grad_output=np.ones(64))
+    np.testing.assert_array_equal(with_gradient[0], losses)
+    np.testing.assert_array_equal([cross_entropy(row, 1) for row in x], losses)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -179,15 +179,25 @@ def count_correct(x, geometry, offsets, n, targets, near, own, loss):
     return n_found + np.int64(tree_sum(found))
 
 
+# Small losses to which most may come from classes more than FAR below the target: from so much on, to so much for each
+# class. The rounding of a float32 difference beyond 32 changes its exponential by up to 1.9e-6, in all classes alike
+# where they are equal.
+SMALL_LOSS = 0.99e-12
+FAR = 32.0
+SMALL_TERM = 2.0 * np.exp(-FAR)
+
+
 @subroutine
 def _sum_again(x, geometry, offsets, begin, end, targets, shifts, loss, scratch):
-    """The losses of some rows of a tile; those that could not be summed relative to the target, relative to the
-    maximum.
+    """The losses of some rows of a tile; those that could not be summed relative to the target, or whose differences
+    were rounded too much, relative to the maximum.
     """
     n_classes, stride = geometry[tiles.N_CLASSES], tiles.class_stride(geometry, tiles.INPUT)
     like = shifts[0]
+    low, high = scalar(SMALL_LOSS, like), scalar(SMALL_TERM * n_classes, like)
     for i in range(begin, end):
-        if targets[i] >= 0 and not (loss[i] < LOG1P_LIMIT and np.isfinite(shifts[i])):
+        fits = loss[i] < LOG1P_LIMIT and np.isfinite(shifts[i]) and not low <= loss[i] < high
+        if targets[i] >= 0 and not fits:
             stages = (scratch.stage, scratch.stage)
             largest, rest = rows.max_shift_row(x, offsets[i], stride, n_classes, like, stages)
             log_rest = first_lane(log1p(splat(scalar(rest, like))))
@@ -204,15 +214,16 @@ def _finish_targets(x, geometry, offsets, n, targets, near, shifts, loss, scratc
 
     Method: shifting by the target keeps the digits of a small loss and needs no pass for the maximum. Where s is too
     large (the target lies some 88 below the maximum) or x[t] is no number, the row is summed again, shifted by the
-    maximum.
+    maximum; so it is where s is made of many terms that are all small, for the rounding of x[c] - x[t] to be counted.
     """
     like = loss[0]
     n_lanes, integer = lanes(like), integer_like(0, like)
     zero, limit, nothing = splat(scalar(0.0, like)), splat(scalar(LOG1P_LIMIT, like)), splat(integer)
+    low, high = splat(scalar(SMALL_LOSS, like)), splat(scalar(SMALL_TERM * geometry[tiles.N_CLASSES], like))
     for i in range(0, n, n_lanes):
         rest, kept = load(loss, i, like), load(near, i, integer) >= nothing
         # 0 * x[t] is NaN where x[t] is no number.
-        fits = fma(load(shifts, i, like), zero, rest) < limit
+        fits = (fma(load(shifts, i, like), zero, rest) < limit) & ((rest < low) | (rest >= high))
         store(loss, i, where(kept, log1p(rest), zero))
         if any_lane(kept & (fits ^ (zero == zero))):
             store(loss, i, rest)

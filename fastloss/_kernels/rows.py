@@ -639,9 +639,11 @@ def _max_shift_row(
 
 @subroutine
 def max_shift_row(x, offset, stride, n_classes, like, stages):
-    """The maximum of a row, and the sum of exp(x - maximum) without the maximum's own 1."""
+    """The maximum of a row, and the sum of exp(x - maximum) without the maximum's own 1, counting the rounding of the
+    differences.
+    """
     found = _max_shift_row(
-        x, offset, stride, 0, n_classes, n_classes, None, 0, 0, None, like, like, False, scalar(np.nan, like), 0,
+        x, offset, stride, 0, n_classes, n_classes, None, 0, 0, None, like, like, True, scalar(np.nan, like), 0,
         stages, None,
     )  # fmt: skip
     return found[0], found[1]

@@ -96,7 +96,7 @@ def test_smoothed_losses_of_targets_without_weight(n_rows, n_classes):
     np.testing.assert_allclose(got, exact, rtol=BOUND[np.float32])
 
 
-@pytest.mark.parametrize("n_classes", [50, 100, 1000, 20_000])
+@pytest.mark.parametrize("n_classes", [90, 257, 1000, 20_000])
 def test_many_classes_far_below_the_target(rng, n_classes):
     """All are equal, and so are the roundings of their differences: of up to 1.9e-6, if they were not counted."""
     own = rng.uniform(32, math.log(n_classes / 1e-12), 64).astype(np.float32)

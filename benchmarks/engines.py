@@ -25,9 +25,10 @@ HALVES = ("float16", "bfloat16")
 SMALLEST_MEASUREMENT = 4e-3  # seconds: shorter calls are repeated
 LATENCY_CALLS = 2000
 SLOW_CALL = 0.1  # seconds: longer calls are not preceded by untimed ones
-# Seconds of untimed calls: after a pause, two threads of GNU OpenMP may wake up on one CPU, where the one waits for the
-# other, and take some 10 ms to part (in PyTorch, Numba and so fastloss alike).
-WARM_UP = 0.02
+# Seconds of untimed calls, where so many or more are timed: after a pause, two threads of GNU OpenMP may wake up on one
+# CPU, where the one waits for the other, and take some 10 ms to part (in PyTorch, Numba and so fastloss alike). Longer
+# calls are preceded by one, which leaves less of the inputs in the caches.
+WARM_UP, SHORT_CALLS = 0.02, 8
 SMALL_INPUT = 100_000  # scores up to which a call may take less memory than the process does besides
 
 # Accuracy: rows whose losses spread from 1e-12 to 1e-6, the probability of the true class being nearly 1.
@@ -526,7 +527,7 @@ class Worker:
     def measure(self, repeats, warm=False):
         """Seconds per call; `warm` asks for untimed calls before."""
         function = self.function
-        ready = time.perf_counter() + WARM_UP
+        ready = time.perf_counter() + (WARM_UP if repeats >= SHORT_CALLS else 0)
         while warm:
             function()
             warm = time.perf_counter() < ready

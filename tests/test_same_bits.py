@@ -10,7 +10,7 @@ import pytest
 
 from fastloss import cross_entropy, kl_div, logsumexp, nll_loss
 
-# Every call has more than 65,536 elements, from where on kernels may run in parallel.
+# Every call has more elements than PARALLEL_THRESHOLD, from where on kernels may run in parallel.
 SCRIPT = """
 import hashlib, json, sys
 import numpy as np
